@@ -1,0 +1,25 @@
+"""The four ops: what each means, the checks of its arguments, and which backend runs it."""
+
+from __future__ import annotations
+
+from clone_fast.ops.bias_act import bias_act
+from clone_fast.ops.dispatch import backend, explain
+from clone_fast.ops.laplacian_pyramid import laplacian_pyramid, laplacian_pyramid_loss
+from clone_fast.ops.modulated_conv2d import modulated_conv2d
+from clone_fast.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
+from clone_fast.reference.convolution import fast_double_backward
+
+__all__ = [
+    "backend",
+    "bias_act",
+    "downsample2d",
+    "explain",
+    "fast_double_backward",
+    "filter2d",
+    "laplacian_pyramid",
+    "laplacian_pyramid_loss",
+    "modulated_conv2d",
+    "setup_filter",
+    "upfirdn2d",
+    "upsample2d",
+]

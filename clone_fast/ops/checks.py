@@ -1,0 +1,73 @@
+"""Checks of arguments, shared by the ops: the message names op, argument, what was wanted and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor
+
+INT_MAX = 2**31 - 1
+
+
+def describe(value: object) -> str:
+    """A tensor as dtype and shape, anything else as its type."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__
+
+
+def check_image(op: str, name: str, value: object) -> None:
+    """A non-empty floating tensor [N, C, H, W] of fewer than 2^31 elements."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must be a floating-point tensor [N, C, H, W], got {describe(value)}")
+    if value.ndim != 4 or value.numel() == 0:
+        raise ValueError(f"{op}: {name} must be [N, C, H, W] and not empty, got {describe(value)}")
+    if value.numel() > INT_MAX:
+        raise ValueError(f"{op}: {name} must have fewer than 2^31 elements, got {describe(value)}")
+
+
+def check_result(op: str, shape: Sequence[int]) -> None:
+    """A result that 32-bit indices can reach."""
+    if math.prod(shape) > INT_MAX:
+        raise ValueError(f"{op}: the result must have fewer than 2^31 elements, got {list(shape)}")
+
+
+def check_tensor(
+    op: str, name: str, value: object, like: Tensor, wanted: str, fits: Callable[[Tensor], bool]
+) -> None:
+    """A floating tensor on the device of `like` that fits, as wanted says in words."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must be a floating-point tensor {wanted}, got {describe(value)}")
+    if value.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device} as x is, got {value.device}")
+    if not fits(value):
+        raise ValueError(f"{op}: {name} must be {wanted}, got {describe(value)}")
+
+
+def check_filter(op: str, name: str, f: object, like: Tensor) -> None:
+    """A float32 filter [fh, fw] or [taps] that wants no gradient (float64 beside float64 images, for tests)."""
+    if not isinstance(f, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor float32 [fh, fw] or [taps], got {describe(f)}")
+    allowed = (torch.float32, torch.float64) if like.dtype == torch.float64 else (torch.float32,)
+    if f.dtype not in allowed or f.ndim not in (1, 2) or f.numel() == 0:
+        raise ValueError(f"{op}: {name} must be float32 [fh, fw] or [taps], got {describe(f)}")
+    if f.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device} as x is, got {f.device}")
+    if f.requires_grad:
+        raise ValueError(f"{op}: {name} must not require a gradient, as the op has none to it, got requires_grad=True")
+
+
+def check_activation(op: str, act: object, clamp: object, known: Collection[str]) -> None:
+    """An activation of a known name, and a clamp that is not negative."""
+    if act not in known:
+        raise ValueError(f"{op}: act must be one of {', '.join(known)}, got {act!r}")
+    if clamp is not None and not (isinstance(clamp, (int, float)) and clamp >= 0):
+        raise ValueError(f"{op}: clamp must be None or a number >= 0, got {clamp!r}")
+
+
+def check_number(op: str, name: str, value: object) -> None:
+    """A plain number, or None where the default is meant."""
+    if value is not None and not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {describe(value)}")

@@ -1,0 +1,174 @@
+"""Which backend runs an op: asked for per call, by `with backend(...)`, by CLONE_FAST_BACKEND, in that order.
+
+A backend that was asked for by name runs or raises with the reason. "auto" takes the fastest that accepts the call and
+warns once for each reason for which it passed one over; CLONE_FAST_STRICT=1 turns that warning into an error.
+
+A leaf is found by name: `clone_fast.kernels.<op>` for triton, `<op>` in `clone_fast._C` for cuda. It offers two
+functions, `supports(*args) -> str | None` (the reason why not) and `launch(*args) -> Tensor`; for triton both are in
+the module of the op, for cuda the extension offers `<op>_supports` and `<op>`. Arguments are those of the op's schema
+without the backend. A backward of its own goes by the names `supports_backward` and `launch_backward`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clone_fast.errors import BackendError
+
+OPS = ("bias_act", "upfirdn2d", "modulated_conv2d", "laplacian_pyramid")
+BACKENDS = ("auto", "reference", "triton", "cuda")
+PREFERENCE = ("cuda", "triton")  # what "auto" tries before the reference
+
+_scoped: ContextVar[str | None] = ContextVar("clone_fast_backend", default=None)
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """The launch functions of one op on one backend."""
+
+    supports: Callable[..., str | None]
+    launch: Callable[..., Tensor]
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op inside the `with` block on the backend of this name, where the call names none.
+
+    Args:
+        name: "auto", "reference", "triton" or "cuda".
+
+    Raises:
+        ValueError: the name is none of these.
+    """
+    token = _scoped.set(_checked(name))
+    try:
+        yield
+    finally:
+        _scoped.reset(token)
+
+
+@lru_cache(maxsize=None)
+def leaf(op: str, name: str) -> Leaf | str:
+    """The leaf of this op on this backend, or the reason why there is none."""
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if importlib.util.find_spec("clone_fast.kernels") is None:
+            return "clone_fast.kernels is not installed"
+        if importlib.util.find_spec(f"clone_fast.kernels.{op}") is None:
+            return f"this version has no Triton kernel of {op}"
+        module = importlib.import_module(f"clone_fast.kernels.{op}")
+        return Leaf(module.supports, module.launch)
+    if name == "cuda":
+        if importlib.util.find_spec("clone_fast._C") is None:
+            return "this installation was built without the CUDA extension clone_fast._C"
+        extension = importlib.import_module("clone_fast._C")
+        if not hasattr(extension, op):
+            return f"clone_fast._C has no kernel of {op}"
+        return Leaf(getattr(extension, f"{op}_supports"), getattr(extension, op))
+    raise ValueError(f"no leaves on backend {name!r}")
+
+
+@torch.compiler.assume_constant_result
+def _configured() -> str:
+    """What `with backend(...)` or the environment ask for; a compiled graph keeps what stood when it was traced."""
+    return _scoped.get() or _checked(os.environ.get("CLONE_FAST_BACKEND") or "auto")
+
+
+@torch.compiler.assume_constant_result
+def _candidates(op: str) -> tuple[str, ...]:
+    """The backends of this installation that "auto" tries for an op, best first."""
+    return tuple(name for name in PREFERENCE if not isinstance(leaf(op, name), str))
+
+
+def _why_not(op: str, name: str, x: Tensor, args: tuple[Any, ...]) -> str | None:
+    found = leaf(op, name)
+    if isinstance(found, str):
+        return found
+    if not x.is_cuda:
+        return f"{name} runs on CUDA tensors, x is on {x.device}"
+    return found.supports(x, *args)
+
+
+def resolve(op: str, requested: str, x: Tensor, *args: Any) -> str:
+    """The backend that shall run this call: "reference", "triton" or "cuda".
+
+    Raises:
+        BackendError: a backend was asked for by name and cannot, or CLONE_FAST_STRICT=1 and "auto" would fall back.
+        ValueError: the name is none of BACKENDS.
+    """
+    name = _checked(requested)
+    if name == "auto":
+        name = _configured()
+    if name == "reference":
+        return name
+    if name != "auto":
+        reason = _why_not(op, name, x, args)
+        if reason:
+            raise BackendError(f"{op}: backend {name!r} cannot run this call: {reason}")
+        return name
+    if not x.is_cuda:
+        return "reference"
+    for candidate in _candidates(op):
+        reason = _why_not(op, candidate, x, args)
+        if reason is None:
+            return candidate
+        _report_fallback(f"{op}: backend {candidate!r} was passed over: {reason}")
+    return "reference"
+
+
+def _report_fallback(message: str) -> None:
+    if os.environ.get("CLONE_FAST_STRICT") == "1":
+        raise BackendError(f"{message} (CLONE_FAST_STRICT=1 forbids the fallback)")
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def backends() -> list[tuple[str, str, str | None]]:
+    """Rows (op, backend, why not) of every op on every backend on this machine; None where it can run."""
+    rows: list[tuple[str, str, str | None]] = []
+    for op in OPS:
+        rows.append((op, "reference", None))
+        for name in reversed(PREFERENCE):
+            found = leaf(op, name)
+            reason = found if isinstance(found, str) else None
+            if reason is None and not torch.cuda.is_available():
+                reason = "no CUDA device is visible"
+            rows.append((op, name, reason))
+    return rows
+
+
+def explain(op: str, x: Tensor, *args: Any) -> str:
+    """Say for each backend whether it would accept this call, or the reason why not, one line each.
+
+    Args:
+        op: one of OPS.
+        x: the op's first tensor.
+        args: its other arguments, in the order of the op's schema.
+    """
+    if op not in OPS:
+        raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}")
+    lines = []
+    for name in ("cuda", "triton"):
+        lines.append(f"{op} on {name}: {_why_not(op, name, x, args) or 'accepted'}")
+    return "\n".join([*lines, f"{op} on reference: accepted"])
