@@ -1,0 +1,10 @@
+"""StyleGAN2's generator and discriminator on the fused ops, with parameters named as in NVIDIA's files."""
+
+from __future__ import annotations
+
+from clone_fast.nn.architecture import Architecture
+from clone_fast.nn.discriminator import Discriminator
+from clone_fast.nn.generator import Generator, MappingNetwork, SynthesisNetwork
+from clone_fast.nn.network import Network
+
+__all__ = ["Architecture", "Discriminator", "Generator", "MappingNetwork", "Network", "SynthesisNetwork"]

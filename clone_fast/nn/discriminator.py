@@ -1,0 +1,118 @@
+"""StyleGAN2's residual discriminator with minibatch standard deviation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from clone_fast.nn.architecture import RESAMPLE_TAPS, Architecture
+from clone_fast.nn.generator import MappingNetwork
+from clone_fast.nn.layers import Conv2dLayer, FullyConnectedLayer
+from clone_fast.ops import setup_filter
+
+
+class DiscriminatorBlock(nn.Module):
+    """Residual block to half the resolution; the first one also reads the image."""
+
+    resample_filter: Tensor
+
+    def __init__(self, arch: Architecture, resolution: int) -> None:
+        super().__init__()
+        clamp = arch.conv_clamp
+        channels, below = arch.channels(resolution), arch.channels(resolution // 2)
+        self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS))
+        if resolution == arch.img_resolution:
+            self.fromrgb = Conv2dLayer(arch.img_channels, channels, 1, activation="lrelu", conv_clamp=clamp)
+        self.conv0 = Conv2dLayer(channels, channels, 3, activation="lrelu", conv_clamp=clamp)
+        self.conv1 = Conv2dLayer(channels, below, 3, activation="lrelu", down=2, conv_clamp=clamp)
+        self.skip = Conv2dLayer(channels, below, 1, bias=False, down=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "fromrgb"):
+            x = self.fromrgb(x)
+        # each branch at sqrt(1/2), so that the sum keeps the variance
+        return self.skip(x, gain=0.5**0.5) + self.conv1(self.conv0(x), gain=0.5**0.5)
+
+
+def minibatch_stddev(x: Tensor, group_size: int | None, num_channels: int) -> Tensor:
+    """Append to [N, C, H, W] the mean standard deviation within groups of samples (Karras et al. 2018, section 3).
+
+    Sample n belongs to group n mod (N / group_size); in a group of one the feature is the constant 1e-4.
+
+    Raises:
+        ValueError: N is no multiple of the group size.
+    """
+    n, c, h, w = x.shape
+    group = n if group_size is None else min(group_size, n)
+    if n % group:
+        raise ValueError(f"the batch must be a multiple of the discriminator's group size {group}, got {n}")
+    y = x.reshape(group, -1, num_channels, c // num_channels, h, w)  # [G, N/G, F, C/F, H, W]
+    y = (y - y.mean(dim=0)).square().mean(dim=0)
+    y = (y + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N/G, F]
+    return torch.cat([x, y.reshape(-1, num_channels, 1, 1).repeat(group, 1, h, w)], dim=1)
+
+
+class DiscriminatorEpilogue(nn.Module):
+    """The last block, at 4x4: minibatch standard deviation, convolution, two fully connected layers."""
+
+    resample_filter: Tensor
+
+    def __init__(self, arch: Architecture, out_features: int) -> None:
+        super().__init__()
+        self.group_size, self.num_channels = arch.mbstd_group_size, arch.mbstd_num_channels
+        channels = arch.channels(4)
+        self.conv = Conv2dLayer(
+            channels + self.num_channels, channels, 3, activation="lrelu", conv_clamp=arch.conv_clamp
+        )
+        self.fc = FullyConnectedLayer(channels * 16, channels, activation="lrelu")
+        self.out = FullyConnectedLayer(channels, out_features)
+
+    def features(self, x: Tensor, group_size: int | None) -> Tensor:
+        if self.num_channels > 0:
+            x = minibatch_stddev(x, group_size, self.num_channels)
+        features: Tensor = self.fc(self.conv(x).flatten(1))
+        return features
+
+
+class Discriminator(nn.Module):
+    """StyleGAN2 discriminator: images [N, img_channels, R, R] (and c [N, c_dim]) to logits [N, 1]."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.arch = arch
+        self.block_resolutions = arch.block_resolutions[:0:-1]
+        for resolution in self.block_resolutions:
+            self.add_module(f"b{resolution}", DiscriminatorBlock(arch, resolution))
+        label_dim = arch.channels(4) if arch.c_dim > 0 else 0
+        if label_dim:
+            self.mapping = MappingNetwork(0, arch.c_dim, label_dim, None, num_layers=8, w_avg_beta=None)
+        self.b4 = DiscriminatorEpilogue(arch, label_dim or 1)
+
+    def features(self, img: Tensor, *, per_image: bool = False) -> Tensor:
+        """The activations [N, channels(4)] before the last layer.
+
+        per_image: leave every image in a group of its own, so that the features of one do not depend on the rest of
+        its batch.
+
+        Raises:
+            ValueError: img has another shape, or N is no multiple of the minibatch group.
+        """
+        wanted = (self.arch.img_channels, self.arch.img_resolution, self.arch.img_resolution)
+        if img.ndim != 4 or tuple(img.shape[1:]) != wanted:
+            raise ValueError(f"img must be [N, {wanted[0]}, {wanted[1]}, {wanted[2]}], got {list(img.shape)}")
+        x = img
+        for resolution in self.block_resolutions:
+            x = self.get_submodule(f"b{resolution}")(x)
+        return self.b4.features(x, 1 if per_image else self.b4.group_size)
+
+    def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        """Logits [N, 1]: the higher, the more real.
+
+        Raises:
+            ValueError: img or c has another shape or is missing, or N is no multiple of the minibatch group.
+        """
+        logits: Tensor = self.b4.out(self.features(img))
+        if self.arch.c_dim == 0:
+            return logits
+        label = self.mapping(None, c)
+        return (logits * label).sum(dim=1, keepdim=True) / label.shape[1] ** 0.5

@@ -1,0 +1,277 @@
+"""StyleGAN2's generator: mapping network, and synthesis network with skip connections to RGB.
+
+Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN"; numeric conventions as in the published
+networks, so that their weights draw the same image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from clone_fast.nn.architecture import RESAMPLE_TAPS, Architecture
+from clone_fast.nn.layers import FullyConnectedLayer, normalize_2nd_moment
+from clone_fast.ops import modulated_conv2d, setup_filter, upsample2d
+from clone_fast.ops.bias_act import ACTIVATIONS
+
+NOISE_MODES = ("const", "random", "none")
+
+
+class MappingNetwork(nn.Module):
+    """z and class label to w: [N, z_dim], [N, c_dim] -> [N, num_ws, w_dim], or [N, out_dim] if num_ws is None."""
+
+    w_avg: Tensor
+
+    def __init__(
+        self,
+        z_dim: int,
+        c_dim: int,
+        out_dim: int,
+        num_ws: int | None,
+        *,
+        num_layers: int = 8,
+        lr_multiplier: float = 0.01,
+        w_avg_beta: float | None = 0.998,
+    ) -> None:
+        super().__init__()
+        self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, out_dim
+        self.num_ws, self.num_layers, self.w_avg_beta = num_ws, num_layers, w_avg_beta
+        embedded = out_dim if c_dim > 0 else 0
+        if c_dim > 0:
+            self.embed = FullyConnectedLayer(c_dim, embedded)
+        features = [z_dim + embedded] + [out_dim] * num_layers
+        for i in range(num_layers):
+            layer = FullyConnectedLayer(features[i], features[i + 1], activation="lrelu", lr_multiplier=lr_multiplier)
+            self.add_module(f"fc{i}", layer)
+        if num_ws is not None and w_avg_beta is not None:
+            self.register_buffer("w_avg", torch.zeros(out_dim))
+
+    def forward(
+        self,
+        z: Tensor | None,
+        c: Tensor | None = None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+    ) -> Tensor:
+        """Map latents.
+
+        Args:
+            z: [N, z_dim], or None where z_dim is 0.
+            c: [N, c_dim], or None where c_dim is 0.
+            truncation_psi: 1 for w itself, 0 for the mean; in between, w_avg + psi * (w - w_avg).
+            truncation_cutoff: truncate only the first so many layers; None for all.
+
+        Raises:
+            ValueError: z or c has another shape, or is missing.
+        """
+        inputs = []
+        for name, value, size in (("z", z, self.z_dim), ("c", c, self.c_dim)):
+            if size == 0:
+                continue
+            if value is None or value.ndim != 2 or value.shape[1] != size:
+                got = "None" if value is None else list(value.shape)
+                raise ValueError(f"{name} must be [N, {size}], got {got}")
+            value = value.to(torch.promote_types(value.dtype, torch.float32))
+            inputs.append(normalize_2nd_moment(value if name == "z" else self.embed(value)))
+        x = torch.cat(inputs, dim=1)
+        for i in range(self.num_layers):
+            x = self.get_submodule(f"fc{i}")(x)
+        if self.num_ws is None:
+            return x
+        ws = x[:, None].expand(-1, self.num_ws, -1)
+        if truncation_psi == 1:
+            return ws
+        truncated = self.w_avg.lerp(ws, truncation_psi)
+        if truncation_cutoff is None:
+            return truncated
+        return torch.cat([truncated[:, :truncation_cutoff], ws[:, truncation_cutoff:]], dim=1)
+
+    @torch.no_grad()
+    def update_w_avg(self, ws: Tensor) -> None:
+        """Move w_avg towards the mean of ws [N, num_ws, w_dim]; only training calls this, a forward never does."""
+        if self.w_avg_beta is not None:
+            self.w_avg.lerp_(ws[:, 0].mean(dim=0), 1 - self.w_avg_beta)
+
+
+class SynthesisLayer(nn.Module):
+    """Modulated 3x3 convolution with noise and leaky ReLU, optionally to twice the resolution."""
+
+    resample_filter: Tensor
+    noise_const: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        resolution: int,
+        *,
+        up: int = 1,
+        conv_clamp: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.resolution, self.up, self.conv_clamp = resolution, up, conv_clamp
+        self.act_gain = ACTIVATIONS["lrelu"].gain
+        self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        self.noise_strength = nn.Parameter(torch.zeros([]))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS))
+        self.register_buffer("noise_const", torch.randn(resolution, resolution))
+
+    def forward(self, x: Tensor, w: Tensor, noise_mode: str, noise: Tensor | None = None) -> Tensor:
+        if noise is None and noise_mode == "const":
+            noise = self.noise_const
+        elif noise is None and noise_mode == "random":
+            noise = torch.randn(x.shape[0], 1, self.resolution, self.resolution, device=x.device)
+        return modulated_conv2d(
+            x,
+            self.weight,
+            self.affine(w),
+            up=self.up,
+            resample_filter=self.resample_filter.float(),
+            noise=noise,
+            noise_strength=self.noise_strength,
+            bias=self.bias,
+            act="lrelu",
+            gain=self.act_gain,
+            clamp=self.conv_clamp,
+        )
+
+
+class ToRGBLayer(nn.Module):
+    """Modulated 1x1 convolution to the image, without demodulation."""
+
+    def __init__(self, in_channels: int, out_channels: int, w_dim: int, *, conv_clamp: float | None = None) -> None:
+        super().__init__()
+        self.conv_clamp = conv_clamp
+        self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.weight_gain = 1 / in_channels**0.5
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        styles = self.affine(w) * self.weight_gain
+        return modulated_conv2d(x, self.weight, styles, demodulate=False, bias=self.bias, clamp=self.conv_clamp)
+
+
+class SynthesisBlock(nn.Module):
+    """The layers of one resolution, and the image so far at that resolution."""
+
+    resample_filter: Tensor
+
+    def __init__(self, arch: Architecture, resolution: int) -> None:
+        super().__init__()
+        self.resolution = resolution
+        self.first = resolution == 4
+        channels = arch.channels(resolution)
+        self.num_conv = 1 if self.first else 2
+        self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS))
+        if self.first:
+            self.const = nn.Parameter(torch.randn(channels, resolution, resolution))
+        else:
+            below = arch.channels(resolution // 2)
+            self.conv0 = SynthesisLayer(below, channels, arch.w_dim, resolution, up=2, conv_clamp=arch.conv_clamp)
+        self.conv1 = SynthesisLayer(channels, channels, arch.w_dim, resolution, conv_clamp=arch.conv_clamp)
+        self.torgb = ToRGBLayer(channels, arch.img_channels, arch.w_dim, conv_clamp=arch.conv_clamp)
+
+    def forward(
+        self, x: Tensor | None, img: Tensor | None, ws: Tensor, noise_mode: str, noise: list[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """ws [N, num_conv + 1, w_dim]: one for each convolution, then the one of torgb."""
+        if x is None:
+            x = self.const[None].expand(ws.shape[0], -1, -1, -1)
+        else:
+            x = self.conv0(x, ws[:, 0], noise_mode, noise[0])
+        x = self.conv1(x, ws[:, self.num_conv - 1], noise_mode, noise[-1])
+        rgb = self.torgb(x, ws[:, self.num_conv])
+        rgb = rgb.to(torch.promote_types(rgb.dtype, torch.float32))
+        return x, rgb if img is None else upsample2d(img, self.resample_filter.float()) + rgb
+
+
+class SynthesisNetwork(nn.Module):
+    """w to image: [N, num_ws, w_dim] -> [N, img_channels, R, R]."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.arch = arch
+        self.block_resolutions = arch.block_resolutions
+        self.num_ws = arch.num_ws
+        for resolution in self.block_resolutions:
+            self.add_module(f"b{resolution}", SynthesisBlock(arch, resolution))
+
+    def noise_names(self) -> list[str]:
+        """Names of the layers that take noise, in the order they run: b4.conv1, b8.conv0, b8.conv1, ..."""
+        return ["b4.conv1"] + [f"b{r}.conv{i}" for r in self.block_resolutions[1:] for i in (0, 1)]
+
+    def forward(self, ws: Tensor, noise_mode: str = "const", noise: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Draw images.
+
+        Args:
+            ws: [N, num_ws, w_dim] float32.
+            noise_mode: "const" takes each layer's noise_const, "random" draws anew for every image, "none" is 0.
+            noise: maps [r, r] or [N, 1, r, r] by layer name (see `noise_names`), in place of the mode's.
+
+        Returns:
+            [N, img_channels, R, R] float32, about in [-1, 1].
+
+        Raises:
+            ValueError: ws has another shape, or noise_mode or a name in noise is unknown.
+        """
+        if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, self.arch.w_dim):
+            raise ValueError(f"ws must be [N, {self.num_ws}, {self.arch.w_dim}], got {list(ws.shape)}")
+        if noise_mode not in NOISE_MODES:
+            raise ValueError(f"noise_mode must be one of {', '.join(NOISE_MODES)}, got {noise_mode!r}")
+        noise = noise or {}
+        unknown = set(noise) - set(self.noise_names())
+        if unknown:
+            raise ValueError(f"noise for layers that are not there: {', '.join(sorted(unknown))}")
+        x, img = self._block(4, None, None, ws[:, :2], noise_mode, noise)
+        first = 1
+        for resolution in self.block_resolutions[1:]:
+            # torgb shares its latent with the next block's first convolution
+            x, img = self._block(resolution, x, img, ws[:, first : first + 3], noise_mode, noise)
+            first += 2
+        return img
+
+    def _block(
+        self,
+        resolution: int,
+        x: Tensor | None,
+        img: Tensor | None,
+        ws: Tensor,
+        noise_mode: str,
+        noise: Mapping[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        name = f"b{resolution}"
+        maps = [noise.get(f"{name}.conv{i}") for i in (0, 1)]
+        x, img = self.get_submodule(name)(x, img, ws, noise_mode, maps)
+        return x, img
+
+
+class Generator(nn.Module):
+    """StyleGAN2 generator: z [N, z_dim] (and c [N, c_dim]) to images [N, img_channels, R, R] in about [-1, 1]."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.arch = arch
+        self.synthesis = SynthesisNetwork(arch)
+        self.mapping = MappingNetwork(
+            arch.z_dim, arch.c_dim, arch.w_dim, arch.num_ws, num_layers=arch.mapping_layers
+        )
+        self.z_dim, self.c_dim, self.w_dim = arch.z_dim, arch.c_dim, arch.w_dim
+        self.img_resolution, self.img_channels, self.num_ws = arch.img_resolution, arch.img_channels, arch.num_ws
+
+    def forward(
+        self,
+        z: Tensor,
+        c: Tensor | None = None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        noise_mode: str = "random",
+    ) -> Tensor:
+        ws = self.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
+        image: Tensor = self.synthesis(ws, noise_mode=noise_mode)
+        return image
