@@ -1,0 +1,98 @@
+"""The losses of Clone, as formulas, and the two regularisers of StyleGAN2 training.
+
+Feng et al. 2022, "Near Perfect GAN Inversion" (arXiv 2202.11833). A logit l stands for D = sigmoid(l), so that
+log D = -softplus(-l) and log(1 - D) = -softplus(l). Logits are [N, 1] or [N], images [N, C, H, W]; every loss is a
+scalar, the mean over its samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clone_fast.ops import fast_double_backward, laplacian_pyramid_loss
+
+Similarity = Callable[[Tensor, Tensor], Tensor]
+
+
+def pyramid_levels(resolution: int) -> int:
+    """Levels of the Laplacian pyramid for this image size: down to a residual of 4 pixels, 6 at the most."""
+    return max(1, min(6, resolution.bit_length() - 2))
+
+
+class Reconstruction:
+    """L_recon: Laplacian pyramid loss of clone and photo, plus a mean square error.
+
+    The pyramid weighs every level's mean absolute difference equally, which is what makes the picture sharp at all
+    scales; the mean square error pulls at large errors, which is what PSNR counts.
+
+    Args:
+        photo: [1, C, R, R], the target.
+        mse_weight: factor of the mean square error.
+        similarity: a loss of one's own, (image, photo) -> scalar, in place of both.
+    """
+
+    def __init__(self, photo: Tensor, *, mse_weight: float = 1.0, similarity: Similarity | None = None) -> None:
+        self.photo = photo
+        self.levels = pyramid_levels(photo.shape[-1])
+        self.mse_weight = mse_weight
+        self.similarity = similarity
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if self.similarity is not None:
+            return self.similarity(image, self.photo)
+        loss = laplacian_pyramid_loss(image, self.photo, levels=self.levels)
+        return loss + self.mse_weight * F.mse_loss(image, self.photo)
+
+
+def discriminator_adversarial(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """-(log D(x) + log(1 - D(G))): what D minimises, as it maximises the adversarial term."""
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def generator_adversarial(fake_logits: Tensor, *, saturating: bool = False) -> Tensor:
+    """What G minimises: log(1 - D(G)) if saturating, as the formula stands, or -log D(G).
+
+    Both pull the same way; the second (Goodfellow et al. 2014, section 3) keeps its gradient where D is sure that the
+    image is fake, which is where a clone starts.
+    """
+    return -F.softplus(fake_logits).mean() if saturating else F.softplus(-fake_logits).mean()
+
+
+def paired_cohesion(after: Tensor, before: Tensor) -> Tensor:
+    """Mean absolute difference over the pyramid of what the tweaked and the original G draw for the same latents.
+
+    Not part of the paper, whose cohesion ties the distributions of images, not the image of each latent.
+    """
+    return laplacian_pyramid_loss(after, before, levels=pyramid_levels(after.shape[-1]))
+
+
+def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
+    """Mean over real images of |grad D(x)|^2 (Mescheder et al. 2018); multiply by gamma / 2."""
+    images = real.detach().requires_grad_(True)
+    with fast_double_backward():
+        (gradient,) = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
+    return gradient.square().sum(dim=[1, 2, 3]).mean()
+
+
+def path_length_penalty(
+    synthesis: Callable[[Tensor], Tensor], ws: Tensor, mean: Tensor, *, decay: float = 0.01
+) -> Tensor:
+    """StyleGAN2's path length regularisation (Karras et al. 2020, section 3.2): mean of (|J^T y| - a)^2.
+
+    Args:
+        synthesis: ws [N, num_ws, w_dim] -> images.
+        ws: with a graph to the mapping network.
+        mean: [] the running mean a of the lengths; updated in place.
+        decay: of the running mean.
+    """
+    with fast_double_backward():
+        images = synthesis(ws)
+        noise = torch.randn_like(images) / (images.shape[2] * images.shape[3]) ** 0.5
+        (gradient,) = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)
+    lengths = gradient.square().sum(dim=2).mean(dim=1).sqrt()
+    mean.lerp_(lengths.detach().mean(), decay)
+    return (lengths - mean).square().mean()
