@@ -1,0 +1,54 @@
+# Every target sets up what it needs: a fresh machine wants python3 >= 3.10 with venv, and make, nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_QUIET ?= 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:  # one pip at a time
+.PHONY: help demo test lint types bench wheel clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
+
+demo: $(VENV)/.ready-demo  ## the main job: invert the demo photos, pictures and numbers in out/demo
+	$(BIN)/clone-fast demo --out out/demo
+
+test: $(VENV)/.ready-demo,test  ## the whole test suite
+	$(BIN)/pytest tests
+
+lint: $(VENV)/.ready-dev  ## ruff
+	$(BIN)/ruff check .
+
+types: $(VENV)/.ready-dev  ## mypy
+	$(BIN)/mypy clone_fast setup.py $(wildcard kernels/*.py)
+
+bench: $(VENV)/.ready-demo,test  ## the benchmarks; small shapes where there is no GPU
+	$(BIN)/pytest benchmarks --benchmark-only
+
+wheel: $(VENV)/.ready-dev  ## sdist, and the wheel built from it, in dist/
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+clean:  ## all that make made, .venv too
+	rm -rf $(VENV) build dist out *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# .ready-<extras> says that .venv holds this package, editable, with these extras. When setup.py, pyproject.toml or
+# constraints.txt is newer, pip runs again. A .venv where pip did not come to its end still holds .installing, and is made
+# anew.
+.PHONY: interrupted
+$(VENV)/.ready-%: setup.py pyproject.toml constraints.txt $(if $(wildcard $(VENV)/.installing),interrupted)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "clone_fast needs Python 3.10 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+	         "name another one: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	    echo "$(PYTHON) cannot make virtual environments; install its venv package (python3-venv)" >&2; exit 1; }
+	@if test -e $(VENV)/.installing || ! test -e $(BIN)/python; then \
+	    rm -rf $(VENV) && mkdir $(VENV) && touch $(VENV)/.installing && $(PYTHON) -m venv $(VENV); fi
+	@touch $(VENV)/.installing
+	@echo "installing clone_fast[$*] into $(VENV); the first time this fetches PyTorch and takes minutes"
+	$(BIN)/python -m pip install --editable '.[$*]' --constraint constraints.txt
+	@touch $@ && rm $(VENV)/.installing
