@@ -1,0 +1,348 @@
+"""The command line: invert, edit, info, convert, demo.
+
+What a user can get wrong is one line on stderr and exit code 2, before anything is written; an unexpected
+exception keeps its traceback. Ctrl-C during an inversion keeps the best so far, writes everything and exits
+with 130.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from torch import Tensor
+
+from clone_fast.checkpoints import load_network, save_network, save_rosinality
+from clone_fast.edit import SUFFIXES, load_directions, pca_directions, resolve_direction, standardise
+from clone_fast.errors import CloneFastError, OutputError
+from clone_fast.inversion import Inversion
+from clone_fast.invert import invert as run_inversion
+from clone_fast.ops.dispatch import backends
+from clone_fast.photo import open_photo, save_png
+
+STAGES = {"latent": "latent search", "tweak": "tweak"}
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class Failure(click.ClickException):
+    """A mistake of the user: `Error: <one line>`, exit code 2."""
+
+    exit_code = 2
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                return super().invoke(ctx)
+            except CloneFastError as error:
+                raise Failure(" ".join(str(error).split())) from error
+            except click.UsageError as error:
+                error.ctx = None  # the message alone, without lines of usage above it
+                raise
+            except KeyboardInterrupt:
+                click.echo("Interrupted.", err=True)
+                raise click.exceptions.Exit(130) from None
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"Warning: {message}", err=True)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# options
+
+
+def _device(_: click.Context, __: click.Parameter, name: str) -> str:
+    """auto, cpu, cuda or cuda:<i> -> a device that is there."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise click.BadParameter(f"must be auto, cpu, cuda or cuda:<index>, got {name!r}")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise click.BadParameter(f"{name} was asked for, but torch {torch.__version__} sees no CUDA device")
+        index, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()
+        if index >= count:
+            raise click.BadParameter(f"{name} was asked for, but there are cuda:0 to cuda:{count - 1}")
+    return name
+
+
+def _crop(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+,\d+,\d+", text):
+        raise click.BadParameter(f"must be LEFT,TOP,SIZE in pixels of the photo, such as 40,0,512, got {text!r}")
+    left, top, size = (int(number) for number in text.split(","))
+    return left, top, size
+
+
+def _finite(_: click.Context, __: click.Parameter, number: float | None) -> float | None:
+    if number is not None and not math.isfinite(number):
+        raise click.BadParameter(f"must be a finite number, got {number}")
+    return number
+
+
+def _run_options(command: _Command) -> _Command:
+    """The options that every command with an inversion has."""
+    for option in reversed(
+        (
+            click.option("--steps", type=click.IntRange(min=1), help="Steps of the tweak."),
+            click.option("--latent-steps", type=click.IntRange(min=1), help="Steps of the latent search."),
+            click.option("--mode", type=click.Choice(["clone", "recon"]), default="clone", show_default=True,
+                         help="clone: the method; recon: reconstruction loss alone."),
+            click.option("--space", type=click.Choice(["w", "w+"]), default="w+", show_default=True,
+                         help="Where the latent is searched."),
+            click.option("--target-psnr", type=click.FloatRange(min=0, min_open=True), callback=_finite,
+                         help="Stop the tweak at this PSNR in dB."),
+            click.option("--device", default="auto", show_default=True, callback=_device,
+                         help="auto, cpu, cuda or cuda:<index>."),
+            click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
+                         help="Of everything random."),
+            click.option("--quiet", is_flag=True, help="No progress and no summary; errors are still told."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+# ------------------------------------------------------------------------------------------------------------
+# commands
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_version("clone_fast"), prog_name="clone-fast")
+def main() -> None:
+    """Photo in, clone out: near perfect GAN inversion, fast."""
+
+
+@main.command()
+@click.argument("photo", type=click.Path(path_type=Path))
+@click.option("--network", type=click.Path(path_type=Path), help="Network file; default: the shipped demo.")
+@click.option("--discriminator", type=click.Path(path_type=Path), help="File of the discriminator, if another.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("out"), show_default=True, help="Folder.")
+@click.option("--real-images", type=click.Path(path_type=Path), help="Folder of photos for the global term.")
+@click.option("--resize", type=click.Choice(["crop", "pad"]), default="crop", show_default=True,
+              help="How a photo that is not square becomes one.")  # fmt: skip
+@click.option("--crop", metavar="L,T,S", callback=_crop, help="Left, top and size of a square of the photo.")
+@_run_options
+def invert(photo: Path, out: Path, **options: Any) -> None:
+    """Clone PHOTO.
+
+    Writes the clone, a report, the numbers and the tweaked network to a folder.
+    """
+    _check_folder(out)
+    open_photo(photo)  # a photo that cannot be read shall not wait for the network to load
+    _clone(photo, out, **options)
+
+
+@main.command()
+@click.option("--photo", "name", default="astronaut", show_default=True, help="A photo of scikit-image.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True, help="Folder.")
+@_run_options
+def demo(name: str, out: Path, **options: Any) -> None:
+    """Clone a real photo of scikit-image.
+
+    Uses the shipped demo network. The names of the photos are told where one is unknown.
+    """
+    from clone_fast.demo.photos import photo
+
+    _check_folder(out)
+    _clone(photo(name), out, **options)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--direction", help="Name of a direction, or FILE or FILE:NAME with directions.")
+@click.option("--strength", type=float, callback=_finite, help="How far, in standard deviations of w.")
+@click.option("--out", type=click.Path(path_type=Path), help="PNG to write; default: in FOLDER.")
+@click.option("--list", "list_names", is_flag=True, help="List the directions by name.")
+def edit(folder: Path, direction: str | None, strength: float | None, out: Path | None, list_names: bool) -> None:
+    """Edit a saved clone.
+
+    Moves the latent of FOLDER, as written by invert, along a direction.
+    """
+    if not list_names and (direction is None or strength is None):
+        raise click.UsageError("edit wants --direction and --strength, or --list")
+    if out is not None:
+        _check_folder(out.parent)
+    inversion = Inversion.load(folder)
+    known = {**pca_directions(inversion.generator), **inversion.directions}
+    if list_names or direction is None or strength is None:
+        for name in sorted(known, key=_natural):
+            click.echo(name)
+        return
+    name, vector = _find_direction(direction, known, inversion)
+    target = out or folder / f"edit_{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}_{strength:+g}.png"
+    save_png(target, inversion.edit(vector, strength))
+    click.echo(target)
+
+
+@main.command()
+@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Write .pt even in sizes that rosinality's own classes do not have.")
+def convert(source: Path, target: Path, force: bool) -> None:
+    """Convert a network file.
+
+    OUT decides the format: .safetensors (clone_fast) or .pt (rosinality).
+    """
+    suffix = target.suffix.lower()
+    if suffix == ".pkl":
+        raise Failure(f"{target}: pickles of NVIDIA's classes are read, not written; give .safetensors or .pt")
+    if suffix not in (".safetensors", ".pt"):
+        raise Failure(f"{target}: OUT must end in .safetensors (clone_fast) or .pt (rosinality)")
+    _check_folder(target.parent)
+    network = load_network(source)
+    if suffix == ".safetensors":
+        save_network(network, target)
+    else:
+        save_rosinality(network, target, strict=not force)
+    click.echo(target)
+
+
+@main.command()
+def info() -> None:
+    """Versions, devices, backends.
+
+    For each op and backend: whether it runs here, or why not.
+    """
+    rows = [(name, _version(name)) for name in ("clone_fast", "torch", "triton")]
+    rows += [("python", platform.python_version()), ("CUDA", torch.version.cuda or "none in this torch")]
+    rows += [("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = f"{device.total_memory / 2**30:.1f} GiB"
+        rows.append((f"cuda:{index}", f"{device.name}, {memory}, sm_{device.major}{device.minor}"))
+    for name, text in rows:
+        click.echo(f"{name:<12}{text}")
+    shown = ""
+    for op, backend, reason in backends():
+        if op != shown:
+            click.echo(f"\n{op}")
+        shown = op
+        click.echo(f"  {backend:<10}{'available' if reason is None else f'not available: {reason}'}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the work of invert and demo
+
+
+def _clone(photo: Any, out: Path, quiet: bool, **options: Any) -> None:
+    from clone_fast.report import save_curve, save_report
+
+    progress = Progress(quiet)
+    try:
+        inversion = run_inversion(photo, progress=progress, **options)
+    finally:
+        progress.close()
+    inversion.save(out)
+    save_report(inversion, out / "report.png")
+    save_curve(inversion.history, out / "curve.png")
+    if not quiet:
+        for line in _summary(inversion, out):
+            click.echo(line)
+    if inversion.settings.get("interrupted"):
+        click.echo("Interrupted: what is written is the best so far.", err=True)
+        raise click.exceptions.Exit(130)
+
+
+def _summary(inversion: Inversion, out: Path) -> list[str]:
+    from clone_fast.report import describe_drift
+
+    values = inversion.metrics
+    lines = [f"PSNR      {values['latent_psnr']:.2f} dB latent only -> {values['psnr']:.2f} dB clone"]
+    lines += [f"time      {sum(inversion.seconds.values()):.1f} s"]
+    lines += [f"cohesion  {phrase}" for phrase in describe_drift(values)]
+    if values.get("editability") is not None:
+        lines += [f"edits     correlate {values['editability']:.2f} with those of latent only"]
+    return [*lines, f"written   {out}{os.sep}  report.png shows it at one look"]
+
+
+class Progress:
+    """The `progress` argument of invert as bars of tqdm on stderr, one for each stage."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._stage = ""
+        self._bar: Any = None
+
+    def __call__(self, stage: str, step: int, total: int, loss: float, psnr: float) -> None:
+        if stage != self._stage or self._bar is None:
+            from tqdm import tqdm
+
+            self.close()
+            self._stage = stage
+            # Not on a terminal a bar is a line of a log: rarely, then.
+            interval = 0.1 if sys.stderr.isatty() else 10.0
+            self._bar = tqdm(
+                total=total, desc=f"{STAGES.get(stage, stage):<13}", unit="step", mininterval=interval,
+                file=sys.stderr, disable=self._quiet, dynamic_ncols=True,
+            )  # fmt: skip
+        self._bar.set_postfix_str(f"{psnr:.2f} dB, loss {loss:.4g}", refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Finish the bar that is shown, if there is one."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# checks and names
+
+
+def _check_folder(folder: Path) -> None:
+    """Fail now if `folder` cannot be made or written to, without leaving a trace."""
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise OutputError(f"{folder}: cannot be a folder, since {existing} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # asks the file system: permission bits do not tell it all
+            pass
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written to ({error.strerror})") from error
+
+
+def _find_direction(text: str, known: dict[str, Tensor], inversion: Inversion) -> tuple[str, Tensor]:
+    """A name among `known`, or FILE or FILE:NAME, whose directions are brought to one standard deviation."""
+    file, separator, name = text, "", ""
+    if Path(file).suffix.lower() not in SUFFIXES and ":" in text:
+        file, separator, name = text.rpartition(":")
+    if text in known or Path(file).suffix.lower() not in SUFFIXES:
+        return text, resolve_direction(text, known)
+    found = load_directions(file)
+    if not separator:
+        if len(found) > 1:
+            names = ", ".join(sorted(found, key=_natural))
+            raise Failure(f"{file}: holds several directions; choose one as {file}:NAME, of {names}")
+        name = next(iter(found))
+    vector = resolve_direction(name, found)
+    return name, standardise({name: vector}, inversion.generator)[name]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key: pca2 before pca10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,244 @@
+"""What "near perfect" is measured by: fidelity, cohesion (drift) and editability, always the three together.
+
+Images are [N, 3, R, R] in [-1, 1]. Everything here clamps them to that range first, so that a number speaks
+of what a viewer sees, and takes the data range as 2. All functions run without gradients, on the device of
+their input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from clone_fast.nn.generator import Generator
+
+DRIFT_SEED = 220_211_833
+"""Seed of the latents that drift is measured on; nothing else in the package uses it."""
+
+_ROUNDING = 1e-5  # what one image may differ by in root mean square, drawn alone or within a batch
+
+MS_SSIM_MIN_SIDE = 176
+"""Smallest side that MS-SSIM is defined for here: five scales and an 11 pixel window, with torchmetrics' rule
+side // 16 > 10. (The window itself would fit from 161 pixels on.)"""
+
+
+@torch.no_grad()
+def psnr(image: Tensor, target: Tensor) -> float:
+    """Peak signal to noise ratio in dB, 10 log10(2^2 / MSE), mean over the images; infinite for equal ones.
+
+    Args:
+        image, target: [N, 3, R, R] in [-1, 1].
+    """
+    return _mean(_psnr(image, target))
+
+
+@torch.no_grad()
+def ssim(image: Tensor, target: Tensor) -> float:
+    """Structural similarity, mean over the images.
+
+    Wang et al., "Image quality assessment: from error visibility to structural similarity", IEEE TIP 2004:
+    Gaussian window of 11 pixels and sigma 1.5, K1 = 0.01, K2 = 0.03; per channel, borders reflected.
+
+    Args:
+        image, target: [N, 3, R, R] in [-1, 1], R at least 6.
+    """
+    return _mean(_ssim(image, target))
+
+
+@torch.no_grad()
+def ms_ssim(image: Tensor, target: Tensor) -> float | None:
+    """Multi-scale SSIM over five scales, mean over the images; None if a side is below `MS_SSIM_MIN_SIDE`.
+
+    Wang, Simoncelli, Bovik, "Multiscale structural similarity for image quality assessment", Asilomar 2003.
+
+    Args:
+        image, target: [N, 3, R, R] in [-1, 1].
+    """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    image, target = _pair(image, target)
+    if min(image.shape[-2:]) < MS_SSIM_MIN_SIDE:
+        return None
+    with _full_precision():
+        return float(multiscale_structural_similarity_index_measure(image, target, data_range=2.0))
+
+
+@torch.no_grad()
+def drift(
+    before: Generator,
+    after: Generator,
+    n: int = 256,
+    seed: int = DRIFT_SEED,
+    batch: int = 8,
+    device: torch.device | str | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, float]:
+    """How far the manifold moved: the same random latents, drawn by the generators before and after the
+    tweak.
+
+    z ~ N(0, I) comes from a `torch.Generator` of its own, so these latents take no part in the tweak; a
+    class-conditional generator gets uniformly random classes. No truncation, noise_mode "const". No more than
+    2 * `batch` images exist at once.
+
+    Args:
+        before, after: the generators, with the same z_dim and resolution, both on `device`.
+        device: where the latents are put; by default the device of `after`.
+        features: maps [B, 3, R, R] to [B, F], usually the discriminator's features; then the Frechet distance
+            of the two sets is measured, too. Its scale is that of the features: compare numbers of one
+            network only. `functools.partial(discriminator.features, per_image=True)` makes them independent
+            of `batch`.
+
+    Returns:
+        "drift_psnr" (dB) and "drift_ssim": means over the pairs, higher is less drift; and "drift_frechet"
+        (see `frechet_distance`, lower is less) if `features` is given.
+    """
+    if n < 1 or batch < 1:
+        raise ValueError(f"drift: n and batch must be at least 1, got {n} and {batch}")
+    where = next(after.parameters()).device if device is None else torch.device(device)
+    source = torch.Generator().manual_seed(seed)
+    latents = torch.randn(n, before.z_dim, generator=source)  # all at once: the same ones for any batch
+    labels = torch.randint(max(1, before.c_dim), (n,), generator=source)
+    sums = torch.zeros(2, dtype=torch.float64)
+    seen: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for start in range(0, n, batch):
+        z = latents[start : start + batch].to(where)
+        c = None
+        if before.c_dim:
+            c = torch.nn.functional.one_hot(labels[start : start + batch], before.c_dim).float().to(where)
+        pair = [g(z, c, noise_mode="const").float().clamp(-1, 1) for g in (before, after)]
+        sums += torch.stack([_psnr(*pair).double().sum(), _ssim(*pair).double().sum()]).cpu()
+        if features is not None:
+            for rows, images in zip(seen, pair, strict=True):
+                rows.append(features(images).double().cpu())
+    result = {"drift_psnr": float(sums[0]) / n, "drift_ssim": float(sums[1]) / n}
+    if features is not None:
+        result["drift_frechet"] = frechet_distance(torch.cat(seen[0]), torch.cat(seen[1]))
+    return result
+
+
+@torch.no_grad()
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Squared Frechet distance between the Gaussians fitted to two sets of feature vectors, as in FID.
+
+        d^2 = |m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2))
+
+    The trace of the root is the sum of the roots of the eigenvalues of C_a C_b. With X the centred rows over
+    sqrt(n - 1), so that C = X^T X, these eigenvalues are the squares of the singular values of X_a X_b^T. So
+    no root of an ill-conditioned matrix is taken, and fewer rows than features are no problem. In float64.
+    (Dowson, Landau, "The Frechet distance between multivariate normal distributions", 1982; Heusel et al.,
+    2017.)
+
+    Args:
+        a, b: [n_a, F] and [n_b, F], at least two rows each.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"frechet_distance: wants [n >= 2, F] twice, got {tuple(a.shape)} and {tuple(b.shape)}")
+    a, b = a.double(), b.double()
+    mean_a, mean_b = a.mean(0), b.mean(0)
+    x_a, x_b = (a - mean_a) / math.sqrt(len(a) - 1), (b - mean_b) / math.sqrt(len(b) - 1)
+    # R of X = Q R has the singular values of X and at most F rows: the product is small however many images.
+    r_a, r_b = (torch.linalg.qr(x, mode="r").R for x in (x_a, x_b))
+    root = torch.linalg.svdvals(r_a @ r_b.T).sum()
+    distance = (mean_a - mean_b).square().sum() + x_a.square().sum() + x_b.square().sum() - 2 * root
+    return max(0.0, float(distance))
+
+
+@torch.no_grad()
+def editability(
+    before: Generator,
+    after: Generator,
+    ws: Tensor,
+    directions: Mapping[str, Tensor] | Iterable[Tensor],
+    strengths: Sequence[float] = (-2.0, 2.0),
+    noise: Mapping[str, Tensor] | None = None,
+    batch: int = 8,
+) -> float:
+    """Whether the clone can be edited as the latent-only inversion can: the mean correlation of the changes.
+
+    For each direction d and strength s, with G' = `after` and G = `before`,
+
+        a = G'(ws + s d) - G'(ws)     the edit of the clone, minus the clone
+        b = G(ws + s d) - G(ws)       the edit of the latent-only inversion, minus that inversion
+
+    and the result is the mean over all (d, s) of Pearson's correlation of a and b over pixels and channels: 1
+    if the clone changes in exactly the same way, 0 if it has nothing to do with it. A change too small to see
+    counts as 0.
+
+    Args:
+        before, after: the generators; `after` made the clone.
+        ws: [1, num_ws, w_dim], the latent of the inversion.
+        directions: moves of w, each [w_dim] or [num_ws, w_dim], by name or not.
+        strengths: factors of the directions.
+        noise: the noise maps of the latent, as `synthesis` takes them.
+        batch: images that are drawn at once.
+    """
+    moves = list(directions.values()) if isinstance(directions, Mapping) else list(directions)
+    if not moves or not strengths:
+        raise ValueError("editability: wants at least one direction and one strength")
+
+    def draw(generator: Generator, latent: Tensor) -> Tensor:
+        return generator.synthesis(latent, noise_mode="const", noise=noise).float().clamp(-1, 1)
+
+    moved = torch.cat([ws + strength * move.to(ws) for move in moves for strength in strengths])
+    start = [draw(g, ws) for g in (after, before)]
+    values = []
+    for part in moved.split(batch):
+        changes = (draw(g, part) - image for g, image in zip((after, before), start, strict=True))
+        for pair in zip(*changes, strict=True):
+            seen = min(float(change.square().mean().sqrt()) for change in pair) > _ROUNDING
+            values.append(correlation(*pair) if seen else 0.0)
+    return math.fsum(values) / len(values)
+
+
+@torch.no_grad()
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's correlation of all values of two tensors of one shape, in float64; 0 if one is constant."""
+    x, y = (t.double().flatten() - t.double().mean() for t in (a, b))
+    norm = float(x.norm() * y.norm())
+    return float(x @ y) / norm if norm > 0 else 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _pair(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    if image.ndim != 4 or image.shape != target.shape:
+        got = f"{tuple(image.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"metrics: wants two [N, 3, R, R] of one shape, got {got}")
+    return image.detach().float().clamp(-1, 1), target.detach().to(image.device).float().clamp(-1, 1)
+
+
+def _psnr(image: Tensor, target: Tensor) -> Tensor:
+    """[N] values in dB."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    image, target = _pair(image, target)
+    return peak_signal_noise_ratio(image, target, data_range=2.0, dim=(1, 2, 3), reduction="none")
+
+
+def _ssim(image: Tensor, target: Tensor) -> Tensor:
+    """[N] values."""
+    # Imported here: torchmetrics takes two seconds to import, which `import clone_fast` should not.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    image, target = _pair(image, target)
+    with _full_precision():
+        values: Any = structural_similarity_index_measure(image, target, data_range=2.0, reduction="none")
+    return torch.as_tensor(values).reshape(-1)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TensorFloat-32, the default of convolutions: E[x^2] - E[x]^2 needs all bits of a float32."""
+    with torch.backends.cudnn.flags(enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())
