@@ -1,0 +1,60 @@
+"""The discriminator's side of the tweak: it is updated as the generator is, on the same images."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from clone_fast.losses import discriminator_adversarial, r1_penalty
+from clone_fast.nn import Discriminator
+
+
+class Adversary:
+    """D with its side of the game. A batch's first image is the clone, or the photo, where the local term joins.
+
+    Clone and photo are judged within a batch of other images, since D's minibatch standard deviation means little on
+    a single one: there it is always 0, which D never saw in training.
+    """
+
+    def __init__(
+        self,
+        discriminator: Discriminator,
+        *,
+        adversarial_weight: float,
+        cohesion_weight: float,
+        learning_rate: float,
+        r1_gamma: float,
+        r1_interval: int,
+    ) -> None:
+        self.discriminator = copy.deepcopy(discriminator).train().requires_grad_(True)
+        self.adversarial_weight, self.cohesion_weight = adversarial_weight, cohesion_weight
+        self.learning_rate, self.r1_gamma, self.r1_interval = learning_rate, r1_gamma, r1_interval
+        self.iteration = 0
+        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=learning_rate, betas=(0.0, 0.99))
+
+    def update(self, real: Tensor, fake: Tensor, label: Tensor | None, local: int, rate: float) -> Tensor:
+        """One step of D on max 1_p[lambda L_adv_local] + L_global. Returns what it minimises."""
+        real_logits, fake_logits = self.discriminator(real, label), self.discriminator(fake, label)
+        loss = real.new_zeros([])
+        if local and self.adversarial_weight > 0:
+            loss = loss + self.adversarial_weight * discriminator_adversarial(real_logits[:1], fake_logits[:1])
+        if self.cohesion_weight > 0:
+            loss = loss + self.cohesion_weight * discriminator_adversarial(real_logits[local:], fake_logits[local:])
+        penalty = real.new_zeros([])
+        if self.r1_gamma > 0 and self.iteration % self.r1_interval == 0:
+            penalty = r1_penalty(lambda images: self.discriminator(images, label), real)
+        self.iteration += 1
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate * rate
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss + penalty * (self.r1_gamma / 2 * self.r1_interval)).backward()
+        self.optimizer.step()
+        return loss
+
+    def judge(self, images: Tensor, label: Tensor | None) -> Tensor:
+        """Logits [N, 1] with a gradient to the images and none to D's weights."""
+        self.discriminator.requires_grad_(False)
+        logits: Tensor = self.discriminator(images, label)
+        self.discriminator.requires_grad_(True)
+        return logits

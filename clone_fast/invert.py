@@ -1,0 +1,258 @@
+"""The main job: photo -> latent -> tweak -> Inversion."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clone_fast import metrics
+from clone_fast.checkpoints import load_network, require_discriminator
+from clone_fast.edit import pca_directions
+from clone_fast.errors import SettingsError
+from clone_fast.inversion import Inversion
+from clone_fast.latent import Latent, LatentSettings, optimise
+from clone_fast.losses import Similarity
+from clone_fast.nn import Generator, Network
+from clone_fast.photo import load_photo
+from clone_fast.photo import real_images as load_real_images
+from clone_fast.progress import Progress
+from clone_fast.tweak import TweakSettings, tweak, usable
+
+DRIFT_SAMPLES = 64
+
+StrPath = str | os.PathLike[str]
+
+
+def invert(
+    photo: Any,
+    network: StrPath | Network | Generator | None = None,
+    *,
+    discriminator: StrPath | None = None,
+    space: str | None = None,
+    latent: Latent | Tensor | None = None,
+    latent_steps: int | None = None,
+    steps: int | None = None,
+    mode: str | None = None,
+    target_psnr: float | None = None,
+    real_images: StrPath | Tensor | None = None,
+    label: int | None = None,
+    resize: str = "crop",
+    crop: tuple[int, int, int] | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    similarity: Similarity | None = None,
+    latent_settings: LatentSettings | None = None,
+    tweak_settings: TweakSettings | None = None,
+    progress: Progress | None = None,
+) -> Inversion:
+    """Find a latent for a photo, then tweak the generator locally until it draws that photo.
+
+    Feng et al. 2022, "Near Perfect GAN Inversion" (arXiv 2202.11833). The network that is given stays as it is; the
+    result holds tweaked copies. The same seed gives the same result on one machine.
+
+    Args:
+        photo: a path, a PIL image, an array [H, W, 3] (uint8, or float in [0, 1]) or a tensor [3, H, W] (uint8, or
+            float in [-1, 1]); brought to the network's resolution, see `clone_fast.photo.load_photo`.
+        network: a file (ours, NVIDIA's .pkl, rosinality's .pt), a loaded `Network` or a `Generator`; None for the demo
+            network that comes with the package.
+        discriminator: a file to take the discriminator from, where the network's has none.
+        space: "w+" or "w", where the latent is searched.
+        latent: start the search there, or with latent_steps=0 use it as it is.
+        latent_steps, steps: of the search and of the tweak.
+        mode: "clone", the method, or "recon", reconstruction alone.
+        target_psnr: stop the tweak as soon as the clone is that near, in dB.
+        real_images: a folder of photos, or a tensor [N, 3, R, R], for the global term; by default the frozen original
+            generator draws them.
+        label: class of the photo, for a class-conditional network.
+        resize: "crop" the centre of a photo that is not square, or "pad" it.
+        crop: (left, top, size) of a square in the photo's own pixels, instead.
+        device: by default the GPU if there is one.
+        seed: of everything that is random.
+        similarity: a loss (image, photo) -> scalar of one's own for the tweak.
+        latent_settings, tweak_settings: everything else; the arguments above take precedence.
+        progress: progress(stage, step, total, loss, psnr), called every few steps.
+
+    Returns:
+        An `Inversion`. Ctrl-C ends a stage with the best so far, and settings["interrupted"] says so.
+
+    Raises:
+        PhotoError, CheckpointError, SettingsError: the photo, the network or a setting cannot be used.
+        DivergenceError: the loss was not finite from the first step on.
+    """
+    seconds: dict[str, float] = {}
+    search = _override(latent_settings or LatentSettings(), space=space, steps=latent_steps)
+    settings = _override(tweak_settings or TweakSettings(), steps=steps, mode=mode, target_psnr=target_psnr)
+    where = choose_device(device)
+    with _clock(seconds, "load"):
+        net, source = _open(network, discriminator, where)
+        generator, judge = net.generator, net.discriminator
+        others, labels = _real_images(real_images, generator), _one_hot(label, generator, where)
+        if settings.adversarial:  # what is missing is told before the search of the latent, not after it
+            judge = usable(require_discriminator(net, source), generator, settings, labels, others)
+        target = load_photo(photo, generator.img_resolution, resize=resize, crop=crop).to(where)
+        directions = net.directions or pca_directions(generator)
+        start = _start(latent, generator, where)
+    with _clock(seconds, "latent"):
+        found = optimise(generator, target, search, start=start, seed=seed, progress=progress)
+    with _clock(seconds, "tweak"):
+        tweaked = tweak(
+            generator,
+            judge,
+            found.latent,
+            target,
+            settings,
+            real_images=others,
+            label=labels,
+            similarity=similarity,
+            seed=seed,
+            progress=progress,
+            interrupted=found.interrupted,
+        )
+    inversion = Inversion(
+        photo=target,
+        image=_draw(tweaked.latent, tweaked.generator),
+        latent_only=_draw(found.latent, generator),
+        latent=tweaked.latent,
+        generator=tweaked.generator,
+        discriminator=tweaked.discriminator,
+        original=generator,
+        original_discriminator=judge,
+        directions=dict(directions),
+        history=[{"stage": float(i), **row} for i, rows in enumerate((found.rows, tweaked.rows)) for row in rows],
+        seconds=seconds,
+        settings={
+            "network": source,
+            "mode": settings.mode,
+            "steps": tweaked.steps,
+            "stopped": tweaked.stopped,
+            "interrupted": found.interrupted or tweaked.stopped == "interrupted",
+            "seed": seed,
+            "device": str(where),
+            "latent": asdict(search),
+            "tweak": asdict(settings),
+        },
+    )
+    with _clock(seconds, "metrics"):
+        inversion.metrics = measure(inversion)
+    return inversion
+
+
+def measure(inversion: Inversion, *, drift_samples: int = DRIFT_SAMPLES) -> dict[str, float | None]:
+    """Fidelity, cohesion and editability of an inversion whose original generator is at hand.
+
+    Returns:
+        "psnr", "ssim", "ms_ssim" of the clone, "latent_psnr", "latent_ssim" of the latent alone; "drift_psnr",
+        "drift_ssim" and with a discriminator "drift_frechet"; "editability". See `clone_fast.metrics`.
+    """
+    result: dict[str, float | None] = {
+        "psnr": metrics.psnr(inversion.image, inversion.photo),
+        "ssim": metrics.ssim(inversion.image, inversion.photo),
+        "ms_ssim": metrics.ms_ssim(inversion.image, inversion.photo),
+        "latent_psnr": metrics.psnr(inversion.latent_only, inversion.photo),
+        "latent_ssim": metrics.ssim(inversion.latent_only, inversion.photo),
+    }
+    before, after = inversion.original, inversion.generator
+    if before is None:
+        return result
+    features = None
+    if inversion.original_discriminator is not None:
+        features = partial(inversion.original_discriminator.features, per_image=True)
+    result |= metrics.drift(before, after, n=drift_samples, features=features)
+    chosen = dict(list(inversion.directions.items())[:8])
+    result["editability"] = metrics.editability(
+        before, after, inversion.latent.ws, chosen, noise=inversion.latent.noise
+    )
+    return result
+
+
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """The device of this name, checked to be there; None or "auto" for the GPU if there is one, else the CPU.
+
+    Raises:
+        SettingsError: it is unknown or not there.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"device {str(device)!r} cannot be used: {reason}; use auto, cpu or cuda") from error
+    return chosen
+
+
+@contextmanager
+def _clock(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[stage] = time.perf_counter() - began
+
+
+def _override(settings: Any, **values: Any) -> Any:
+    """The settings with the values that are not None in place of theirs."""
+    return replace(settings, **{name: value for name, value in values.items() if value is not None})
+
+
+def _open(
+    network: StrPath | Network | Generator | None, discriminator: StrPath | None, device: torch.device
+) -> tuple[Network, str]:
+    """The network on the device, frozen, and its name."""
+    if isinstance(network, Generator):
+        network = Network(network)
+    if network is None:
+        from clone_fast.demo import DEMO_NETWORK  # imported here: the demo stands beside the main job, not below it
+
+        path, name = DEMO_NETWORK, "demo"
+    elif isinstance(network, Network):
+        path, name = None, network.metadata.get("name", "network")
+    else:
+        path, name = Path(network), str(network)
+    net = network if isinstance(network, Network) else load_network(path or name, discriminator=discriminator)
+    if isinstance(network, Network) and discriminator is not None:
+        raise SettingsError("discriminator: give it inside the Network, or give files for both")
+    return net.to(device), name
+
+
+def _real_images(given: StrPath | Tensor | None, generator: Generator) -> Tensor | None:
+    if given is None:
+        return None
+    if isinstance(given, Tensor):
+        wanted = (generator.img_channels, generator.img_resolution, generator.img_resolution)
+        if given.ndim != 4 or tuple(given.shape[1:]) != wanted or not len(given) or not given.is_floating_point():
+            got = f"{given.dtype} {list(given.shape)}"
+            raise SettingsError(f"real_images must be float [N, {wanted[0]}, {wanted[1]}, {wanted[2]}], got {got}")
+        return given.float()
+    return load_real_images(given, generator.img_resolution)
+
+
+def _start(latent: Latent | Tensor | None, generator: Generator, device: torch.device) -> Latent | None:
+    if isinstance(latent, Tensor):
+        return Latent(Latent.expanded(latent.detach().to(device, torch.float32), generator))
+    return latent.to(device) if latent is not None else None
+
+
+def _one_hot(label: int | None, generator: Generator, device: torch.device) -> Tensor | None:
+    if label is None:
+        return None
+    if not generator.c_dim:
+        raise SettingsError("this network has no classes; leave the label out")
+    if not 0 <= label < generator.c_dim:
+        raise SettingsError(f"label must be in [0, {generator.c_dim}) for this network, got {label}")
+    return torch.eye(generator.c_dim, device=device)[label : label + 1]
+
+
+@torch.no_grad()
+def _draw(latent: Latent, generator: Generator) -> Tensor:
+    return latent.draw(generator).clamp(-1, 1)

@@ -1,0 +1,47 @@
+"""What stands for a photo: the latents of all layers, and noise maps where they were optimised, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from clone_fast.errors import SettingsError
+from clone_fast.nn import Generator
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A point of W+, with the noise maps that belong to it.
+
+    Attributes:
+        ws: [1, num_ws, w_dim] float32; all rows equal for a point of W.
+        noise: [r, r] by layer name, in place of the generator's own; empty to keep those.
+    """
+
+    ws: Tensor
+    noise: dict[str, Tensor] = field(default_factory=dict)
+
+    def draw(self, generator: Generator) -> Tensor:
+        """The image [1, C, R, R] that a generator draws for it, with constant noise."""
+        image: Tensor = generator.synthesis(self.ws, noise_mode="const", noise=self.noise)
+        return image
+
+    def to(self, device: torch.device | str) -> Latent:
+        """The same on another device."""
+        return Latent(self.ws.to(device), {name: noise.to(device) for name, noise in self.noise.items()})
+
+    @staticmethod
+    def expanded(ws: Tensor, generator: Generator) -> Tensor:
+        """w [w_dim], [1, w_dim], [num_ws, w_dim] or [1, num_ws, w_dim] as ws [1, num_ws, w_dim] of the generator.
+
+        Raises:
+            SettingsError: it has none of these shapes.
+        """
+        num_ws, w_dim = generator.num_ws, generator.w_dim
+        if tuple(ws.shape) in ((w_dim,), (1, w_dim)):
+            return ws.reshape(1, 1, w_dim).repeat(1, num_ws, 1)
+        if tuple(ws.shape) in ((num_ws, w_dim), (1, num_ws, w_dim)):
+            return ws.reshape(1, num_ws, w_dim).clone()
+        raise SettingsError(f"latent must be [{w_dim}] or [{num_ws}, {w_dim}], got {list(ws.shape)}")
