@@ -2,9 +2,9 @@
 
     python -m clone_fast.demo.train --out runs/portraits --kimg 3000 --minutes 9
 
-Karras et al. 2020: non-saturating logistic loss, R1 and path length regularisation applied lazily, style mixing, and an
-exponential moving average of the generator. A run stops after `--minutes` or `--kimg`, whichever comes first, and goes on
-from its folder when it is started again. On a GPU every phase is a CUDA graph.
+Karras et al. 2020: non-saturating logistic loss, R1 and path length regularisation applied lazily, style mixing, and
+an exponential moving average of the generator. A run stops after `--minutes` or `--kimg`, whichever comes first, and
+goes on from its folder when it is started again. On a GPU every phase is a CUDA graph.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class PortraitStream:
     """
 
     def __init__(self, recipe: Recipe, resolution: int, seed: int, device: torch.device) -> None:
+        if recipe.pool % recipe.chunk:
+            raise ValueError(f"pool must be a multiple of chunk, {recipe.chunk}, got {recipe.pool}")
         self.recipe, self.resolution, self.device = recipe, resolution, device
         self.random = torch.Generator(device=device).manual_seed(seed)
         self.pool = torch.empty([recipe.pool, 3, resolution, resolution], dtype=torch.uint8, device=device)
@@ -92,8 +94,9 @@ class Training:
         self.path_mean = torch.zeros([], device=device)
         self.images_seen = 0
         self.commands: list[str] = []  # each run that went into these weights
-        self.real = torch.zeros(recipe.batch, arch.img_channels, arch.img_resolution, arch.img_resolution, device=device)
-        self.stats = {name: torch.zeros([], device=device) for name in ("loss_d", "loss_g", "r1", "path", "real", "fake")}
+        side, names = arch.img_resolution, ("loss_d", "loss_g", "r1", "path", "real", "fake")
+        self.real = torch.zeros(recipe.batch, arch.img_channels, side, side, device=device)
+        self.stats = {name: torch.zeros([], device=device) for name in names}
         # lazy regularisation counts as extra steps, hence the adjusted rates (Karras et al. 2020, appendix B)
         self.optimizers = {
             "g": self._adam(self.generator, recipe.path_interval),
@@ -196,6 +199,13 @@ class Training:
         torch._foreach_lerp_(list(self.average.parameters()), list(self.generator.parameters()), 1 - beta)
         self.average.mapping.w_avg.copy_(self.generator.mapping.w_avg)
 
+    def losses(self) -> dict[str, float]:
+        """The statistics of the last iteration; raises RuntimeError if one is not finite."""
+        values = {name: float(value) for name, value in self.stats.items()}
+        if not all(math.isfinite(value) for value in values.values()):
+            raise RuntimeError(f"diverged by image {self.images_seen}: {values}; the last snapshot is still good")
+        return values
+
     def parts(self) -> dict[str, torch.nn.Module | torch.optim.Optimizer]:
         """What a snapshot holds, by name."""
         return {
@@ -235,16 +245,25 @@ def sample_sheet(generator: Generator, path: Path, *, columns: int = 12, rows: i
     Image.fromarray(((grid + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()).save(path)
 
 
-def train(out: Path, *, kimg: float, minutes: float, seed: int, device: torch.device, recipe: Recipe) -> Training:
+def train(
+    out: Path,
+    *,
+    kimg: float,
+    minutes: float,
+    seed: int,
+    device: torch.device,
+    recipe: Recipe,
+    arch: Architecture = ARCHITECTURE,
+) -> Training:
     """Train into a folder, or go on there, until `kimg` thousand images were seen in all or the minutes are over."""
     began = time.monotonic()
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
-    training = Training(recipe, ARCHITECTURE, device)
+    training = Training(recipe, arch, device)
     if (out / "counters.json").exists():
         training.load(out)
         torch.manual_seed(seed + training.images_seen)
-    stream = PortraitStream(recipe, ARCHITECTURE.img_resolution, seed + training.images_seen, device)
+    stream = PortraitStream(recipe, arch.img_resolution, seed + training.images_seen, device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -255,14 +274,13 @@ def train(out: Path, *, kimg: float, minutes: float, seed: int, device: torch.de
         training.step(iteration, next(stream))
         iteration += 1
         if iteration % 500 == 0:
-            values = {name: float(value) for name, value in training.stats.items()}
+            values = training.losses()
             rate = (training.images_seen - first) / (time.monotonic() - started)
             row = {"kimg": training.images_seen / 1000, "images_per_second": round(rate), **values}
-            if not all(math.isfinite(value) for value in values.values()):
-                raise RuntimeError(f"training diverged at {row}; the last snapshot in {out} is still good")
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
             click.echo(" ".join(f"{key} {value:.4g}" for key, value in row.items()))
+    training.losses()
     command = "python -m clone_fast.demo.train " + shlex.join(sys.argv[1:])
     training.commands.append(f"{command}  # {first} to {training.images_seen} images")
     training.save(out)
@@ -271,7 +289,7 @@ def train(out: Path, *, kimg: float, minutes: float, seed: int, device: torch.de
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run; continued if it exists.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run; continued if there.")
 @click.option("--kimg", default=3000.0, show_default=True, help="Thousands of images to see in all.")
 @click.option("--minutes", default=float("inf"), help="Stop and save after so many minutes.")
 @click.option("--batch", default=Recipe.batch, show_default=True)
