@@ -39,6 +39,7 @@ def main(run: Path, out: Path, reader_seconds: float, seed: int, device: str) ->
         "data": "portraits drawn by clone_fast.demo.portraits",
         "images_seen": str(counters["images_seen"]),
         "commands": "\n".join(counters["commands"]),
+        "seed": str(seed),
         "directions": "clone_fast.demo.directions",
     }
     network = Network(generator.cpu(), discriminator.cpu(), metadata, directions)
