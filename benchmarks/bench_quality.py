@@ -13,7 +13,7 @@ from benchmarks import quality
 def test_quality(benchmark: BenchmarkFixture, capsys: object) -> None:
     on_gpu = torch.cuda.is_available()
     photos = quality.PHOTOS if on_gpu else quality.PHOTOS[:1]
-    options: dict[str, Any] = {"steps": 400, "latent_steps": 200} if on_gpu else {"steps": 20, "latent_steps": 20}
+    options: dict[str, Any] = {"steps": 200, "latent_steps": 200} if on_gpu else {"steps": 20, "latent_steps": 20}
     outcome = benchmark.pedantic(
         lambda: quality.ablation(
             photos, device="cuda" if on_gpu else "cpu", seed=0, target_psnr=35.0, **options

@@ -28,7 +28,7 @@ from clone_fast.inversion import Inversion
 from clone_fast.latent import Latent, LatentSettings
 from clone_fast.tweak import TweakSettings
 
-PHOTOS = ("astronaut", "cat", "coffee", "rocket", "photographer", "motorcycle", "coins", "galaxies")
+PHOTOS = ("astronaut", "cat", "coffee", "rocket", "photographer", "motorcycle")
 DRIFT_SAMPLES = 256
 STRENGTHS = (-2.0, 2.0)
 
@@ -64,13 +64,19 @@ def measure(inversion: Inversion, row: Row) -> dict[str, float]:
     result = {"psnr": metrics.psnr(image, inversion.photo), "ssim": metrics.ssim(image, inversion.photo)}
     result["steps"] = 0.0 if row.tweak is None else float(inversion.settings["steps"])
     result["seconds"] = inversion.seconds["latent"] + (0.0 if row.tweak is None else inversion.seconds["tweak"])
-    before, judge = inversion.original, inversion.original_discriminator
-    if row.tweak is None or before is None or judge is None:
+    before, judge, found = inversion.original, inversion.original_discriminator, inversion.found
+    if row.tweak is None or before is None or judge is None or found is None:
         return result
     features = partial(judge.features, per_image=True)
     result |= metrics.drift(before, inversion.generator, n=DRIFT_SAMPLES, batch=32, features=features)
     result["editability"] = metrics.editability(
-        before, inversion.generator, inversion.latent.ws, inversion.directions, STRENGTHS, inversion.latent.noise
+        before,
+        inversion.generator,
+        found.ws,
+        inversion.directions,
+        STRENGTHS,
+        noise=inversion.latent.noise,
+        noise_before=found.noise,
     )
     return result
 
@@ -139,7 +145,7 @@ def ablation(
 @click.command()
 @click.option("--photos", default=",".join(PHOTOS), show_default=True, help="Names of clone_fast.demo.photos.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/quality.json"))
-@click.option("--steps", default=400, show_default=True)
+@click.option("--steps", default=200, show_default=True)
 @click.option("--latent-steps", default=200, show_default=True)
 @click.option("--target-psnr", default=35.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)

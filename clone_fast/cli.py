@@ -140,6 +140,7 @@ def main() -> None:
 @click.option("--network", type=click.Path(path_type=Path), help="Network file; default: the shipped demo.")
 @click.option("--discriminator", type=click.Path(path_type=Path), help="File of the discriminator, if another.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out"), show_default=True, help="Folder.")
+@click.option("--label", type=click.IntRange(min=0), help="Class of the photo, for a conditional network.")
 @click.option("--real-images", type=click.Path(path_type=Path), help="Folder of photos for the global term.")
 @click.option("--resize", type=click.Choice(["crop", "pad"]), default="crop", show_default=True,
               help="How a photo that is not square becomes one.")  # fmt: skip

@@ -33,7 +33,8 @@ class Inversion:
         photo: the target, at the network's resolution.
         image: the clone, which the tweaked generator draws for the latent.
         latent_only: what the original generator draws for it.
-        latent: of the photo.
+        latent: of the photo, with the noise maps that the tweak made for it.
+        found: the latent as the search left it, which `latent_only` is drawn for; None after `load`.
         generator, discriminator: tweaked.
         metrics: see `clone_fast.invert.measure`.
         history: a row per check of a stage (0 latent, 1 tweak): "stage", "step", "loss", "psnr" in dB, and the terms.
@@ -55,6 +56,7 @@ class Inversion:
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     directions: dict[str, Tensor] = field(default_factory=dict)
+    found: Latent | None = None
     original: Generator | None = None
     original_discriminator: Discriminator | None = None
 
@@ -94,8 +96,10 @@ class Inversion:
             file.write(safetensors.torch.save(tensors))
         save_png(out / "clone.png", self.image)
         save_png(out / "latent_only.png", self.latent_only)
+        measured = {name: value for name, value in self.metrics.items() if value is not None and math.isfinite(value)}
         content = {
-            **{name: value if value is not None and math.isfinite(value) else None for name, value in self.metrics.items()},
+            **dict.fromkeys(self.metrics),
+            **measured,
             "steps": self.settings.get("steps"),
             "seconds": self.seconds,
             "settings": self.settings,

@@ -122,6 +122,7 @@ def invert(
         image=_draw(tweaked.latent, tweaked.generator),
         latent_only=_draw(found.latent, generator),
         latent=tweaked.latent,
+        found=found.latent,
         generator=tweaked.generator,
         discriminator=tweaked.discriminator,
         original=generator,
@@ -160,8 +161,8 @@ def measure(inversion: Inversion, *, drift_samples: int = DRIFT_SAMPLES) -> dict
         "latent_psnr": metrics.psnr(inversion.latent_only, inversion.photo),
         "latent_ssim": metrics.ssim(inversion.latent_only, inversion.photo),
     }
-    before, after = inversion.original, inversion.generator
-    if before is None:
+    before, after, found = inversion.original, inversion.generator, inversion.found
+    if before is None or found is None:
         return result
     features = None
     if inversion.original_discriminator is not None:
@@ -169,7 +170,7 @@ def measure(inversion: Inversion, *, drift_samples: int = DRIFT_SAMPLES) -> dict
     result |= metrics.drift(before, after, n=drift_samples, features=features)
     chosen = dict(list(inversion.directions.items())[:8])
     result["editability"] = metrics.editability(
-        before, after, inversion.latent.ws, chosen, noise=inversion.latent.noise
+        before, after, found.ws, chosen, noise=inversion.latent.noise, noise_before=found.noise
     )
     return result
 

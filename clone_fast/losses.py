@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clone_fast.ops import fast_double_backward, laplacian_pyramid_loss
+from clone_fast.ops import fast_double_backward, laplacian_pyramid, laplacian_pyramid_loss
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
+
+SOFT = 2 / 255  # one grey level: differences well below it count as squares
 
 
 def pyramid_levels(resolution: int) -> int:
@@ -63,11 +65,15 @@ def generator_adversarial(fake_logits: Tensor, *, saturating: bool = False) -> T
 
 
 def paired_cohesion(after: Tensor, before: Tensor) -> Tensor:
-    """Mean absolute difference over the pyramid of what the tweaked and the original G draw for the same latents.
+    """Distance over the pyramid of what the tweaked and the original G draw for the same latents.
+
+    Sum over the levels of the mean of sqrt(d^2 + s^2) - s, the Charbonnier form of the absolute difference d: the two
+    start equal, where the gradient of |d| would be the sign of rounding errors at full weight.
 
     Not part of the paper, whose cohesion ties the distributions of images, not the image of each latent.
     """
-    return laplacian_pyramid_loss(after, before, levels=pyramid_levels(after.shape[-1]))
+    bands = laplacian_pyramid(after - before, levels=pyramid_levels(after.shape[-1]))
+    return torch.stack([((b.square() + SOFT**2).sqrt() - SOFT).mean() for b in bands]).sum()
 
 
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:

@@ -157,6 +157,7 @@ def editability(
     directions: Mapping[str, Tensor] | Iterable[Tensor],
     strengths: Sequence[float] = (-2.0, 2.0),
     noise: Mapping[str, Tensor] | None = None,
+    noise_before: Mapping[str, Tensor] | None = None,
     batch: int = 8,
 ) -> float:
     """Whether the clone can be edited as the latent-only inversion can: the mean correlation of the changes.
@@ -175,21 +176,24 @@ def editability(
         ws: [1, num_ws, w_dim], the latent of the inversion.
         directions: moves of w, each [w_dim] or [num_ws, w_dim], by name or not.
         strengths: factors of the directions.
-        noise: the noise maps of the latent, as `synthesis` takes them.
+        noise: the noise maps of the clone, as `synthesis` takes them.
+        noise_before: those of the latent-only inversion.
         batch: images that are drawn at once.
     """
     moves = list(directions.values()) if isinstance(directions, Mapping) else list(directions)
     if not moves or not strengths:
         raise ValueError("editability: wants at least one direction and one strength")
 
-    def draw(generator: Generator, latent: Tensor) -> Tensor:
-        return generator.synthesis(latent, noise_mode="const", noise=noise).float().clamp(-1, 1)
+    sides = ((after, noise), (before, noise_before))
+
+    def draw(latent: Tensor) -> list[Tensor]:
+        return [g.synthesis(latent, noise_mode="const", noise=maps).float().clamp(-1, 1) for g, maps in sides]
 
     moved = torch.cat([ws + strength * move.to(ws) for move in moves for strength in strengths])
-    start = [draw(g, ws) for g in (after, before)]
+    start = draw(ws)
     values = []
     for part in moved.split(batch):
-        changes = (draw(g, part) - image for g, image in zip((after, before), start, strict=True))
+        changes = (images - image for images, image in zip(draw(part), start, strict=True))
         for pair in zip(*changes, strict=True):
             seen = min(float(change.square().mean().sqrt()) for change in pair) > _ROUNDING
             values.append(correlation(*pair) if seen else 0.0)

@@ -58,11 +58,11 @@ class TweakSettings:
     steps: int = 150
     target_psnr: float | None = None
     local_probability: float = 1.0
-    reconstruction_weight: float = 100.0
+    reconstruction_weight: float = 400.0
     adversarial_weight: float = 1.0
     cohesion_weight: float = 1.0
-    paired_weight: float = 100.0
-    edit_weight: float = 30.0
+    paired_weight: float = 400.0
+    edit_weight: float = 150.0
     edit_reach: float = 0.4
     batch: int = 4
     generator_lr: float = 0.002
@@ -86,7 +86,8 @@ class TweakSettings:
         for name in ("r1_interval", "check_every"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("reconstruction_weight", "adversarial_weight", "cohesion_weight", "paired_weight", "edit_weight", "r1_gamma"):
+        weights = ("reconstruction_weight", "adversarial_weight", "cohesion_weight", "paired_weight", "edit_weight")
+        for name in (*weights, "edit_reach", "noise_lr", "r1_gamma"):
             if not getattr(self, name) >= 0:
                 raise SettingsError(f"{name} must be >= 0, got {getattr(self, name)}")
 
@@ -212,7 +213,7 @@ class Tweak:
             leave that update out.
 
         Returns:
-            Scalars: "loss", and of the terms that took part "psnr", "recon", "local", "global", "paired", "edit", "loss_d".
+            Scalars: "loss", and what took part of "psnr", "recon", "local", "global", "paired", "edit", "loss_d".
         """
         s = self.settings
         joins = float(torch.rand([], generator=self.source)) < s.local_probability
@@ -386,6 +387,8 @@ def tweak(
             work.step(ramp(step - 1, settings.steps, up=0.05, down=0.3), check)
     except KeyboardInterrupt:
         stopped = "interrupted"
+    if not stopped and not all(torch.isfinite(value).all() for value in work.moved()):
+        stopped = "diverged"  # in the very last update, which no check has seen
     if stopped == "diverged" and len(record.rows) == 1:
         raise DivergenceError("the tweak is not finite from the first step on; nothing was changed")
     if stopped in ("diverged", "interrupted"):

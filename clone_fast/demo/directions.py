@@ -102,7 +102,12 @@ def fit_directions(
 
     With w of covariance S and the attributes fitted as B w, the move that changes attribute a alone and is shortest in
     standard deviations of w is S B^T (B S B^T)^-1 e_a.
+
+    Raises:
+        ValueError: w has fewer dimensions than there are attributes, so that no move changes one alone.
     """
+    if generator.w_dim < len(EDITABLE):
+        raise ValueError(f"w_dim must be >= {len(EDITABLE)}, the number of attributes, got {generator.w_dim}")
     device = generator.mapping.w_avg.device
     z = torch.randn(samples, generator.z_dim, generator=torch.Generator().manual_seed(seed)).to(device)
     w = generator.mapping(z)[:, 0]

@@ -106,24 +106,27 @@ def noise_structure(noise: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _start(
-    generator: Generator, photo: Tensor, settings: LatentSettings, source: torch.Generator
-) -> tuple[Tensor, float]:
-    """The nearest of w_avg and a few random latents, pulled half-way to the mean, as [w_dim]; and the spread of w."""
+def _sample_w(generator: Generator, photo: Tensor, settings: LatentSettings, source: torch.Generator) -> Tensor:
+    """Random w [start_samples, w_dim], over all classes."""
     z = torch.randn(settings.start_samples, generator.z_dim, generator=source).to(photo.device)
     labels = None
     if generator.c_dim:
         picked = torch.randint(generator.c_dim, [settings.start_samples], generator=source)
         labels = F.one_hot(picked, generator.c_dim).float().to(photo.device)
-    w = generator.mapping(z, labels)[:, 0]
+    w: Tensor = generator.mapping(z, labels)[:, 0]
+    return w
+
+
+@torch.no_grad()
+def _nearest(generator: Generator, photo: Tensor, w: Tensor) -> Tensor:
+    """Of w_avg and a few of the w, pulled half-way to it, the one most like the photo at 8x8; [w_dim]."""
     mean = generator.mapping.w_avg
-    spread = float((w - w.mean(dim=0)).square().sum(dim=1).mean().sqrt())
     tried = torch.cat([mean[None], mean.lerp(w[:32], 0.5)])
     small, errors = F.adaptive_avg_pool2d(photo, 8), []
     for part in tried.split(8):
         images = generator.synthesis(part[:, None].repeat(1, generator.num_ws, 1))
         errors.append((F.adaptive_avg_pool2d(images, 8) - small).square().mean(dim=[1, 2, 3]))
-    return tried[torch.cat(errors).argmin()], spread
+    return tried[torch.cat(errors).argmin()]
 
 
 def optimise(
@@ -153,8 +156,10 @@ def optimise(
     source = torch.Generator().manual_seed(seed)
     similarity = lpips_similarity(photo.device) if settings.similarity == "lpips" else None
     loss_of = Reconstruction(photo, similarity=similarity)
-    w, spread = _start(generator, photo, settings, source)
-    base = Latent.expanded(w if start is None else start.ws.to(photo.device), generator)
+    w = _sample_w(generator, photo, settings, source)
+    spread = float((w - w.mean(dim=0)).square().sum(dim=1).mean().sqrt())
+    first = _nearest(generator, photo, w) if start is None else start.ws.to(photo.device)
+    base = Latent.expanded(first, generator)
     if settings.space == "w" and settings.steps > 0:
         base = base.mean(dim=1, keepdim=True)
     ws = base.detach().clone().requires_grad_(True)
