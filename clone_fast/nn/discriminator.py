@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from clone_fast.nn.architecture import RESAMPLE_TAPS, Architecture
 from clone_fast.nn.generator import MappingNetwork
-from clone_fast.nn.layers import Conv2dLayer, FullyConnectedLayer
+from clone_fast.nn.layers import Conv2dLayer, FullyConnectedLayer, fast_layout
 from clone_fast.ops import setup_filter
 
 
@@ -100,7 +100,7 @@ class Discriminator(nn.Module):
         wanted = (self.arch.img_channels, self.arch.img_resolution, self.arch.img_resolution)
         if img.ndim != 4 or tuple(img.shape[1:]) != wanted:
             raise ValueError(f"img must be [N, {wanted[0]}, {wanted[1]}, {wanted[2]}], got {list(img.shape)}")
-        x = img
+        x = fast_layout(img)
         for resolution in self.block_resolutions:
             x = self.get_submodule(f"b{resolution}")(x)
         return self.b4.features(x, 1 if per_image else self.b4.group_size)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clone_fast.nn.architecture import RESAMPLE_TAPS, Architecture
-from clone_fast.nn.layers import FullyConnectedLayer, normalize_2nd_moment
+from clone_fast.nn.layers import FullyConnectedLayer, fast_layout, normalize_2nd_moment
 from clone_fast.ops import modulated_conv2d, setup_filter, upsample2d
 from clone_fast.ops.bias_act import ACTIVATIONS
 
@@ -182,7 +182,7 @@ class SynthesisBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """ws [N, num_conv + 1, w_dim]: one for each convolution, then the one of torgb."""
         if x is None:
-            x = self.const[None].expand(ws.shape[0], -1, -1, -1)
+            x = fast_layout(self.const[None].expand(ws.shape[0], -1, -1, -1))
         else:
             x = self.conv0(x, ws[:, 0], noise_mode, noise[0])
         x = self.conv1(x, ws[:, self.num_conv - 1], noise_mode, noise[-1])
@@ -234,7 +234,7 @@ class SynthesisNetwork(nn.Module):
             # torgb shares its latent with the next block's first convolution
             x, img = self._block(resolution, x, img, ws[:, first : first + 3], noise_mode, noise)
             first += 2
-        return img
+        return img.contiguous()
 
     def _block(
         self,
@@ -258,9 +258,7 @@ class Generator(nn.Module):
         super().__init__()
         self.arch = arch
         self.synthesis = SynthesisNetwork(arch)
-        self.mapping = MappingNetwork(
-            arch.z_dim, arch.c_dim, arch.w_dim, arch.num_ws, num_layers=arch.mapping_layers
-        )
+        self.mapping = MappingNetwork(arch.z_dim, arch.c_dim, arch.w_dim, arch.num_ws, num_layers=arch.mapping_layers)
         self.z_dim, self.c_dim, self.w_dim = arch.z_dim, arch.c_dim, arch.w_dim
         self.img_resolution, self.img_channels, self.num_ws = arch.img_resolution, arch.img_channels, arch.num_ws
 

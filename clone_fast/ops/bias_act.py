@@ -65,9 +65,7 @@ def bias_act(
     if b is not None:
         if not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
             raise ValueError(f"bias_act: dim must be an axis of x {describe(x)}, got {dim!r}")
-        size, dtype = x.shape[dim], x.dtype
-        wanted = f"{str(dtype).removeprefix('torch.')} [{size}]"
-        check_tensor("bias_act", "b", b, x, wanted, lambda b: b.dtype == dtype and tuple(b.shape) == (size,))
+        check_tensor("bias_act", "b", b, x, [x.shape[dim]], dtype=x.dtype)
     check_activation("bias_act", act, clamp, ACTIVATIONS)
     check_number("bias_act", "alpha", alpha)
     check_number("bias_act", "gain", gain)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +11,14 @@ from torch import Tensor
 INT_MAX = 2**31 - 1
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def describe(value: object) -> str:
     """A tensor as dtype and shape, anything else as its type."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        return f"{_name(value.dtype)} {list(value.shape)}"
     return type(value).__name__
 
 
@@ -35,15 +39,35 @@ def check_result(op: str, shape: Sequence[int]) -> None:
 
 
 def check_tensor(
-    op: str, name: str, value: object, like: Tensor, wanted: str, fits: Callable[[Tensor], bool]
+    op: str,
+    name: str,
+    value: object,
+    like: Tensor,
+    *shapes: Sequence[int | str],
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """A floating tensor on the device of `like` that fits, as wanted says in words."""
+    """A floating tensor of one of these shapes on the device of `like`, of this dtype if one is given.
+
+    A letter in a shape stands for any size. Text is made only where a check fails: under torch.compile, writing a size
+    into a message would fix it.
+    """
+
+    def wanted() -> str:
+        texts = [f"[{', '.join(map(str, shape))}]" for shape in shapes]
+        return " ".join(([] if dtype is None else [_name(dtype)]) + [" or ".join(texts)])
+
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{op}: {name} must be a floating-point tensor {wanted}, got {describe(value)}")
+        raise TypeError(f"{op}: {name} must be a floating-point tensor {wanted()}, got {describe(value)}")
     if value.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device} as x is, got {value.device}")
-    if not fits(value):
-        raise ValueError(f"{op}: {name} must be {wanted}, got {describe(value)}")
+    if dtype not in (None, value.dtype) or not any(_matches(value.shape, shape) for shape in shapes):
+        raise ValueError(f"{op}: {name} must be {wanted()}, got {describe(value)}")
+
+
+def _matches(shape: Sequence[int], pattern: Sequence[int | str]) -> bool:
+    return len(shape) == len(pattern) and all(
+        isinstance(want, str) or got == want for got, want in zip(shape, pattern, strict=True)
+    )
 
 
 def check_filter(op: str, name: str, f: object, like: Tensor) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from clone_fast.errors import BackendError
 
 OPS = ("bias_act", "upfirdn2d", "modulated_conv2d", "laplacian_pyramid")
 BACKENDS = ("auto", "reference", "triton", "cuda")
+CANNOT = "cannot run this call: "
 PREFERENCE = ("cuda", "triton")  # what "auto" tries before the reference
 
 _scoped: ContextVar[str | None] = ContextVar("clone_fast_backend", default=None)
@@ -66,7 +67,7 @@ def backend(name: str) -> Iterator[None]:
         _scoped.reset(token)
 
 
-@lru_cache(maxsize=None)
+@cache
 def leaf(op: str, name: str) -> Leaf | str:
     """The leaf of this op on this backend, or the reason why there is none."""
     if name == "triton":
@@ -124,7 +125,7 @@ def resolve(op: str, requested: str, x: Tensor, *args: Any) -> str:
     if name != "auto":
         reason = _why_not(op, name, x, args)
         if reason:
-            raise BackendError(f"{op}: backend {name!r} cannot run this call: {reason}")
+            raise BackendError(f"{op}: backend {name!r} {CANNOT}{reason}")
         return name
     if not x.is_cuda:
         return "reference"
@@ -158,17 +159,30 @@ def backends() -> list[tuple[str, str, str | None]]:
     return rows
 
 
-def explain(op: str, x: Tensor, *args: Any) -> str:
-    """Say for each backend whether it would accept this call, or the reason why not, one line each.
+def explain(op: str, *args: Any, **kwargs: Any) -> str:
+    """Say for each backend whether it accepts this call, or the reason why not, one line each.
 
     Args:
-        op: one of OPS.
-        x: the op's first tensor.
-        args: its other arguments, in the order of the op's schema.
+        op: one of OPS ("laplacian_pyramid" is the loss).
+        args, kwargs: what the op is called with, as in `upfirdn2d(x, f, up=2)`. The call is made, without gradients,
+            on every backend that accepts it.
+
+    Raises:
+        ValueError: op is none of these.
+        TypeError, ValueError: as the op raises them.
     """
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}")
+    function = getattr(
+        importlib.import_module("clone_fast.ops"), "laplacian_pyramid_loss" if op == "laplacian_pyramid" else op
+    )
     lines = []
-    for name in ("cuda", "triton"):
-        lines.append(f"{op} on {name}: {_why_not(op, name, x, args) or 'accepted'}")
-    return "\n".join([*lines, f"{op} on reference: accepted"])
+    for name in (*PREFERENCE, "reference"):
+        try:
+            with torch.no_grad():
+                function(*args, **kwargs, backend=name)
+            verdict = "accepted"
+        except BackendError as error:
+            verdict = str(error).partition(CANNOT)[2]
+        lines.append(f"{op} on {name}: {verdict}")
+    return "\n".join(lines)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clone_fast.ops.checks import check_image, check_tensor, describe
+from clone_fast.ops.checks import check_image, check_tensor
 from clone_fast.ops.dispatch import resolve
-from clone_fast.ops.registration import define
+from clone_fast.ops.registration import define, without_autocast
 from clone_fast.reference import laplacian_pyramid as spec
 
 __all__ = ["laplacian_pyramid", "laplacian_pyramid_loss"]
@@ -37,6 +37,10 @@ def _check_levels(levels: int) -> None:
         raise ValueError(f"laplacian_pyramid: levels must be an integer >= 1, got {levels!r}")
 
 
+def _is_weight(value: object) -> bool:
+    return isinstance(value, (int, float)) and value >= 0
+
+
 def laplacian_pyramid(x: Tensor, *, levels: int = 6) -> list[Tensor]:
     """Split images into band-pass levels and a low-pass residual (Burt and Adelson 1983).
 
@@ -57,7 +61,8 @@ def laplacian_pyramid(x: Tensor, *, levels: int = 6) -> list[Tensor]:
     """
     check_image("laplacian_pyramid", "x", x)
     _check_levels(levels)
-    return spec.laplacian_pyramid(x, levels=levels)
+    bands: list[Tensor] = without_autocast(spec.laplacian_pyramid)(x, levels)
+    return bands
 
 
 def laplacian_pyramid_loss(
@@ -88,11 +93,10 @@ def laplacian_pyramid_loss(
         BackendError: the backend was named and cannot run this call.
     """
     check_image("laplacian_pyramid", "x", x)
-    wanted = f"{describe(x)} as x is"
-    check_tensor("laplacian_pyramid", "y", y, x, wanted, lambda y: y.shape == x.shape and y.dtype == x.dtype)
+    check_tensor("laplacian_pyramid", "y", y, x, x.shape, dtype=x.dtype)
     _check_levels(levels)
-    factors = [1.0] * levels if weights is None else [float(w) for w in weights]
-    if len(factors) != levels or not all(w >= 0 for w in factors):
+    factors = [1.0] * levels if weights is None else weights
+    if not isinstance(factors, Sequence) or len(factors) != levels or not all(map(_is_weight, factors)):
         raise ValueError(f"laplacian_pyramid: weights must be {levels} numbers >= 0, got {weights!r}")
-    args = (y, levels, factors)
+    args = (y, levels, [float(w) for w in factors])
     return _op(resolve("laplacian_pyramid", backend, x, *args), x, *args)

@@ -72,12 +72,6 @@ _op = define(
 )
 
 
-def _is_kernel(weight: Tensor, in_channels: int) -> bool:
-    shape = weight.shape
-    square = len(shape) == 4 and shape[2] == shape[3]
-    return square and shape[0] > 0 and shape[1] == in_channels and shape[2] % 2 == 1
-
-
 def modulated_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -110,7 +104,7 @@ def modulated_conv2d(
         up, down: 1 or 2, not both 2.
         resample_filter: float32 [fh, fw] or [taps], as of `setup_filter`; needed where up or down is 2.
         demodulate: bring the modulated weights of every output channel to unit norm; needs styles.
-        noise: [N, 1, H', W'] or [H', W'] at the size of the result, added before the bias; None for none.
+        noise: [H', W'], [1, 1, H', W'] or [N, 1, H', W'] at the size of the result, added before the bias; or None.
         noise_strength: scalar tensor, the factor of the noise; None for 1.
         bias: [O].
         act, gain, clamp: as in `bias_act`.
@@ -131,11 +125,12 @@ def modulated_conv2d(
     op = "modulated_conv2d"
     check_image(op, "x", x)
     n, in_channels, height, width = x.shape
-    check_tensor(op, "weight", weight, x, f"[O, {in_channels}, k, k] with odd k", lambda w: _is_kernel(w, in_channels))
-    out_channels = weight.shape[0]
+    check_tensor(op, "weight", weight, x, ["O", in_channels, "k", "k"])
+    out_channels, k = weight.shape[0], weight.shape[2]
+    if out_channels == 0 or k != weight.shape[3] or k % 2 == 0:
+        raise ValueError(f"{op}: weight must be [O, {in_channels}, k, k] with odd k, got {describe(weight)}")
     if styles is not None:
-        wanted = f"[{n}, {in_channels}]"
-        check_tensor(op, "styles", styles, x, wanted, lambda s: tuple(s.shape) == (n, in_channels))
+        check_tensor(op, "styles", styles, x, [n, in_channels])
     elif demodulate:
         raise ValueError(f"{op}: demodulate=True needs styles [{n}, {in_channels}], got None")
     if (up, down) not in ((1, 1), (2, 1), (1, 2)):
@@ -147,12 +142,11 @@ def modulated_conv2d(
     size = (height * up // down, width * up // down)
     check_result(op, [n, out_channels, *size])
     if noise is not None:
-        wanted = f"[{size[0]}, {size[1]}] or [{n}, 1, {size[0]}, {size[1]}]"
-        check_tensor(op, "noise", noise, x, wanted, lambda t: tuple(t.shape) in (size, (n, 1, *size), (1, 1, *size)))
+        check_tensor(op, "noise", noise, x, size, (1, 1, *size), (n, 1, *size))
     if noise_strength is not None:
-        check_tensor(op, "noise_strength", noise_strength, x, "a scalar []", lambda t: t.ndim == 0)
+        check_tensor(op, "noise_strength", noise_strength, x, [])
     if bias is not None:
-        check_tensor(op, "bias", bias, x, f"[{out_channels}]", lambda b: tuple(b.shape) == (out_channels,))
+        check_tensor(op, "bias", bias, x, [out_channels])
     check_activation(op, act, clamp, ACTIVATIONS)
     check_number(op, "gain", gain)
     check_number(op, "eps", eps)

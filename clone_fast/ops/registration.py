@@ -89,13 +89,20 @@ def define(
     LIBRARY.define(f"{name}{before}, str backend){after}")
     qualified = f"clone_fast::{name}"
 
-    exact = without_autocast(reference)
+    @without_autocast
+    def exact(*args: Any) -> Tensor:
+        y = reference(*args)
+        return y.contiguous(memory_format=layout_of(args[0])) if y.ndim == args[0].ndim else y
+
+    @without_autocast
+    def gradients(dy: Tensor, inputs: Sequence[Any], wanted: Sequence[int]) -> list[Tensor | None]:
+        return composite_gradients(reference, inputs, wanted, dy)
 
     def run(*args: Any) -> Tensor:
         *inputs, backend = args
         if backend == "reference":
             y: Tensor = exact(*inputs)
-            return y.contiguous(memory_format=layout_of(inputs[0])) if y.ndim == inputs[0].ndim else y
+            return y
         found = leaf(name, backend)
         if isinstance(found, str):
             raise NotImplementedError(f"{name}: {found}")
@@ -113,7 +120,7 @@ def define(
         ]
         grads: list[Tensor | None] = [None] * len(inputs)
         wanted = [i for i in differentiable if ctx.needs_input_grad[i]]
-        for i, grad in zip(wanted, composite_gradients(exact, inputs[:-1], wanted, dy), strict=True):
+        for i, grad in zip(wanted, gradients(dy, inputs[:-1], wanted), strict=True):
             grads[i] = grad
         return tuple(grads)
 

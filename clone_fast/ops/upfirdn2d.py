@@ -85,7 +85,8 @@ def upfirdn2d(
     check_result("upfirdn2d", [x.shape[0], x.shape[1], *size])
     if min(size) < 1:
         raise ValueError(
-            f"upfirdn2d: nothing is left of x {describe(x)} with f {describe(f)}, up={up}, down={down}, padding={padding}"
+            f"upfirdn2d: nothing is left of x {describe(x)} with f {describe(f)}, up={up}, down={down}, "
+            f"padding={padding}"
         )
     check_number("upfirdn2d", "gain", gain)
     args = (f, up_xy, down_xy, pads, bool(flip_filter), float(gain))
@@ -113,9 +114,7 @@ def upsample2d(
     """Enlarge [N, C, H, W] to [N, C, H * up, W * up], keeping brightness. Arguments and errors as in `upfirdn2d`."""
     factors = spec.parse_scaling(up, "up")
     check_number("upfirdn2d", "gain", gain)
-    pads = _centred(
-        x, f, padding, lambda taps, axis: ((taps + factors[axis] - 1) // 2, (taps - factors[axis]) // 2)
-    )
+    pads = _centred(x, f, padding, lambda taps, axis: ((taps + factors[axis] - 1) // 2, (taps - factors[axis]) // 2))
     gain = gain * factors[0] * factors[1]
     return upfirdn2d(x, f, up=factors, padding=pads, flip_filter=flip_filter, gain=gain, backend=backend)
 
@@ -132,9 +131,7 @@ def downsample2d(
 ) -> Tensor:
     """Shrink [N, C, H, W] to [N, C, H // down, W // down]. Arguments and errors as in `upfirdn2d`."""
     factors = spec.parse_scaling(down, "down")
-    pads = _centred(
-        x, f, padding, lambda taps, axis: ((taps - factors[axis] + 1) // 2, (taps - factors[axis]) // 2)
-    )
+    pads = _centred(x, f, padding, lambda taps, axis: ((taps - factors[axis] + 1) // 2, (taps - factors[axis]) // 2))
     return upfirdn2d(x, f, down=factors, padding=pads, flip_filter=flip_filter, gain=gain, backend=backend)
 
 

@@ -3,8 +3,8 @@
 The second derivative that PyTorch has for a convolution correlates whole images with whole images, which cuDNN has no
 good kernel for: R1 on a 128x128 discriminator took 340 ms on an H200 where a first-order backward takes 20. Writing the
 gradient to the input as a transposed convolution, an op with a derivative of its own, avoids it. `fast_double_backward`
-turns that on around a forward that will be differentiated twice; first derivatives are the same either way. CPUs are the
-other way round (0.15 s and 1.4 s at batch 4), so there it changes nothing.
+turns that on around a forward that will be differentiated twice; first derivatives are the same either way. CPUs are
+the other way round (0.15 s and 1.4 s at batch 4), so there it changes nothing.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ class _Convolution(torch.autograd.Function):
         dx = dw = None
         if ctx.needs_input_grad[0]:
             # rows and columns of x that the stride left unread are read by nobody: their gradient is this padding
-            unread = [
-                x.shape[i] - ((dy.shape[i] - 1) * stride - 2 * padding + weight.shape[i]) for i in (2, 3)
-            ]
+            unread = [x.shape[i] - ((dy.shape[i] - 1) * stride - 2 * padding + weight.shape[i]) for i in (2, 3)]
             dx = F.conv_transpose2d(dy, weight, stride=stride, padding=padding, output_padding=unread)
         if ctx.needs_input_grad[1]:
             dw = conv2d_weight(x, list(weight.shape), dy, stride=stride, padding=padding)

@@ -5,34 +5,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-BINOMIAL = (1.0 / 16, 4.0 / 16, 6.0 / 16, 4.0 / 16, 1.0 / 16)
 
-
-def _smooth(x: Tensor, stride: int, gain: float) -> Tensor:
-    """Separable [1 4 6 4 1] / 16 with the given gain per axis, valid region only."""
-    c = x.shape[1]
-    taps = torch.tensor(BINOMIAL, dtype=x.dtype, device=x.device) * gain
-    x = F.conv2d(x, taps.reshape(1, 1, 1, 5).expand(c, 1, 1, 5), stride=(1, stride), groups=c)
-    return F.conv2d(x, taps.reshape(1, 1, 5, 1).expand(c, 1, 5, 1), stride=(stride, 1), groups=c)
+def _extend(x: Tensor, dim: int, count: int) -> Tensor:
+    """Repeat the first and the last slice along an axis."""
+    first, last = x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1)
+    return torch.cat([first] * count + [x] + [last] * count, dim)
 
 
 def reduce(x: Tensor) -> Tensor:
     """Low-pass and decimate by 2: [N, C, H, W] -> [N, C, ceil(H/2), ceil(W/2)], borders repeated."""
-    return _smooth(F.pad(x, [2, 2, 2, 2], mode="replicate"), stride=2, gain=1.0)
+    for dim in (2, 3):
+        x = _extend(x, dim, 2)
+        last = x.shape[dim] - 4  # where the last tap starts, and one more
+        a, b, c, d, e = (x[(slice(None),) * dim + (slice(i, last + i, 2),)] for i in range(5))
+        x = torch.add(torch.add(a + e, b + d, alpha=4), c, alpha=6) / 16
+    return x
 
 
 def expand(x: Tensor, height: int, width: int) -> Tensor:
-    """Interpolate by 2 to [N, C, height, width]: zero insertion, low-pass with gain 4 in all, borders repeated."""
-    n, c, h, w = x.shape
-    x = F.pad(x, [1, 1, 1, 1], mode="replicate")  # so that a constant stays one up to the border
-    x = F.pad(x.reshape(n, c, h + 2, 1, w + 2, 1), [0, 1, 0, 0, 0, 1]).reshape(n, c, 2 * h + 4, 2 * w + 4)
-    return _smooth(x, stride=1, gain=2.0)[:, :, :height, :width]
+    """Interpolate by 2 to [N, C, height, width], borders repeated.
+
+    Zero insertion and [1 4 6 4 1] / 8 along each axis: an even sample sees the taps 1, 6, 1 and an odd one 4, 4.
+    """
+    for dim, size in ((2, height), (3, width)):
+        count = x.shape[dim]
+        x = _extend(x, dim, 1)
+        a, b, c = (x.narrow(dim, i, count) for i in range(3))
+        even, odd = torch.add(a + c, b, alpha=6) / 8, (b + c) / 2
+        x = torch.stack([even, odd], dim + 1).flatten(dim, dim + 1).narrow(dim, 0, size)
+    return x
 
 
-def laplacian_pyramid(x: Tensor, *, levels: int = 6) -> list[Tensor]:
+def laplacian_pyramid(x: Tensor, levels: int = 6) -> list[Tensor]:
     """See `clone_fast.ops.laplacian_pyramid.laplacian_pyramid`."""
     bands = []
     current = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -43,9 +49,7 @@ def laplacian_pyramid(x: Tensor, *, levels: int = 6) -> list[Tensor]:
     return [*bands, current.to(x.dtype)]
 
 
-def laplacian_pyramid_loss(
-    x: Tensor, y: Tensor, *, levels: int = 6, weights: Sequence[float] | None = None
-) -> Tensor:
+def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 6, weights: Sequence[float] | None = None) -> Tensor:
     """See `clone_fast.ops.laplacian_pyramid.laplacian_pyramid_loss`.
 
     The pyramid is linear, so the bands of the difference are the differences of the bands, at half the cost.

@@ -63,7 +63,7 @@ def modulated_conv2d(
     """
     scale = None
     if styles is not None:
-        compute = torch.promote_types(styles.dtype, torch.float32)
+        compute = torch.promote_types(torch.promote_types(x.dtype, styles.dtype), torch.float32)
         weight, styles = weight.to(compute), styles.to(compute)
         if x.dtype == torch.float16 and demodulate:
             # Keeps the intermediate inside float16's range; demodulation cancels both factors again.
@@ -74,9 +74,11 @@ def modulated_conv2d(
             scale = demodulation(weight, styles, eps).to(x.dtype)[:, :, None, None]
         x = x * styles.to(x.dtype)[:, :, None, None]
     y = resampled_conv2d(x, weight.to(x.dtype), up=up, down=down, f=resample_filter)
-    if scale is not None:
-        y = y * scale
     if noise is not None:
-        shaped = noise.to(y.dtype) if noise.ndim == 4 else noise.to(y.dtype)[None, None]
-        y = y + (shaped if noise_strength is None else shaped * noise_strength.to(y.dtype))
+        noise = noise.to(y.dtype)
+        if noise_strength is not None:
+            noise = noise * noise_strength.to(y.dtype)
+        y = y + noise if scale is None else torch.addcmul(noise, y, scale)
+    elif scale is not None:
+        y = y * scale
     return bias_act(y, None if bias is None else bias.to(y.dtype), act=act, gain=gain, clamp=clamp)

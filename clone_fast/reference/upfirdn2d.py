@@ -14,9 +14,7 @@ INTEGERS = (int, torch.SymInt)  # the latter while a graph of unknown sizes is t
 
 def _integers(value: object) -> tuple[int, ...]:
     """The integers that value is made of, () where it is none and holds none."""
-    if isinstance(value, INTEGERS):
-        return (value,)
-    values = tuple(value) if isinstance(value, Sequence) else ()
+    values = (value,) if isinstance(value, INTEGERS) else tuple(value) if isinstance(value, Sequence) else ()
     return values if all(isinstance(v, INTEGERS) for v in values) else ()
 
 
@@ -72,7 +70,7 @@ def setup_filter(
         float32 [taps] or [fh, fw].
 
     Raises:
-        ValueError: f is empty, or has more than two dimensions.
+        ValueError: f is empty, or has more than two dimensions, or a separable filter is to have a negative gain.
     """
     taps = torch.as_tensor(1.0 if f is None else f, dtype=torch.float32, device=device)
     if taps.ndim > 2 or taps.numel() == 0:
@@ -83,11 +81,51 @@ def setup_filter(
         separable = taps.ndim == 1 and taps.numel() >= 8
     if taps.ndim == 1 and not separable:
         taps = taps.outer(taps)
+    if gain < 0 and taps.ndim == 1:
+        raise ValueError(f"setup_filter: gain must be >= 0 for a separable filter, got {gain!r}")
     if normalize:
         taps = taps / taps.sum()
     if flip_filter:
         taps = taps.flip(list(range(taps.ndim)))
     return taps * gain ** (taps.ndim / 2)
+
+
+Axes = tuple[int, int]  # y, x
+
+
+def _pad(x: Tensor, y_pads: tuple[int, int], x_pads: tuple[int, int]) -> Tensor:
+    """Zeros before and after along each axis; negative to crop."""
+    pads = [*x_pads, *y_pads]
+    if any(p > 0 for p in pads):
+        x = F.pad(x, [max(p, 0) for p in pads])
+    if any(p < 0 for p in pads):
+        left, right, top, bottom = (max(-p, 0) for p in pads)
+        x = x[:, :, top : x.shape[2] - bottom, left : x.shape[3] - right]
+    return x
+
+
+def _split(before: int, after: int) -> tuple[int, tuple[int, int]]:
+    """What a convolution can do itself, the same on both sides and not negative; and the rest."""
+    both = max(min(before, after), 0)
+    return both, (before - both, after - both)
+
+
+def _filter(x: Tensor, taps: Tensor, up: Axes, down: Axes, y_pads: tuple[int, int], x_pads: tuple[int, int]) -> Tensor:
+    """The definition with taps [fh, fw], as one convolution of every channel by itself."""
+    kernel = taps.expand(x.shape[1], 1, *taps.shape)
+    if up == (1, 1):
+        (py, y_rest), (px, x_rest) = _split(*y_pads), _split(*x_pads)
+        x = _pad(x, y_rest, x_rest)
+        return F.conv2d(x, kernel.flip([2, 3]), stride=down, padding=(py, px), groups=x.shape[1])  # a correlation
+    # The transposed convolution spares itself the zeros. It gives all the samples in which the image has a part; what
+    # is wanted of them begins and ends so many later and earlier:
+    (cy, y_rest), (cx, x_rest) = (
+        _split(n - 1 - before, n - u - after)
+        for n, u, (before, after) in zip(taps.shape, up, (y_pads, x_pads), strict=True)
+    )
+    y = F.conv_transpose2d(x, kernel, stride=up, padding=(cy, cx), groups=x.shape[1])
+    y = _pad(y, (-y_rest[0], -y_rest[1]), (-x_rest[0], -x_rest[1]))
+    return y[:, :, :: down[0], :: down[1]]
 
 
 def upfirdn2d(
@@ -104,23 +142,13 @@ def upfirdn2d(
     up_x, up_y = parse_scaling(up, "up")
     down_x, down_y = parse_scaling(down, "down")
     x0, x1, y0, y1 = parse_padding(padding)
-    n, c, h, w = x.shape
     compute = torch.promote_types(x.dtype, torch.float32)
-    y = x.to(compute)
-
-    if up_x > 1 or up_y > 1:
-        y = F.pad(y.reshape(n, c, h, 1, w, 1), [0, up_x - 1, 0, 0, 0, up_y - 1])
-        y = y.reshape(n, c, h * up_y, w * up_x)
-    y = F.pad(y, [max(x0, 0), max(x1, 0), max(y0, 0), max(y1, 0)])
-    y = y[:, :, max(-y0, 0) : y.shape[2] - max(-y1, 0), max(-x0, 0) : y.shape[3] - max(-x1, 0)]
-
-    taps = f.to(compute)
-    if not flip_filter:  # a convolution; conv2d below is a correlation
+    y, taps = x.to(compute), f.to(compute)
+    if flip_filter:
         taps = taps.flip(list(range(taps.ndim)))
     if taps.ndim == 2:
-        kernels = [(gain * taps, (down_y, down_x))]
+        y = _filter(y, gain * taps, (up_y, up_x), (down_y, down_x), (y0, y1), (x0, x1))
     else:
-        kernels = [(gain * taps[None, :], (1, down_x)), (taps[:, None], (down_y, 1))]
-    for kernel, stride in kernels:
-        y = F.conv2d(y, kernel.expand(c, 1, *kernel.shape), stride=stride, groups=c)
+        y = _filter(y, gain * taps[None, :], (1, up_x), (1, down_x), (0, 0), (x0, x1))
+        y = _filter(y, taps[:, None], (up_y, 1), (down_y, 1), (y0, y1), (0, 0))
     return y.to(x.dtype)

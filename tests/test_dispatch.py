@@ -1,0 +1,309 @@
+"""Which backend runs a call: the order of the three ways to ask, and what happens when a backend cannot.
+
+This machine may have no GPU and this version may have no kernels, so the leaves here are made up, and tensors that
+claim to be on CUDA are fake.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from clone_fast.errors import BackendError, CloneFastError
+from clone_fast.ops import (
+    backend,
+    bias_act,
+    dispatch,
+    explain,
+    laplacian_pyramid_loss,
+    modulated_conv2d,
+    setup_filter,
+    upfirdn2d,
+)
+from clone_fast.ops.dispatch import Leaf, backends, resolve
+
+X = torch.ones(1, 2, 4, 4)
+CALLS: dict[str, Callable[..., Tensor]] = {
+    "bias_act": lambda **kwargs: bias_act(X, **kwargs),
+    "upfirdn2d": lambda **kwargs: upfirdn2d(X, setup_filter([1, 1]), **kwargs),
+    "modulated_conv2d": lambda **kwargs: modulated_conv2d(X, torch.ones(1, 2, 1, 1), torch.ones(1, 2), **kwargs),
+    "laplacian_pyramid": lambda **kwargs: laplacian_pyramid_loss(X, X, **kwargs),
+}
+
+
+@pytest.fixture
+def cuda_x() -> Iterator[Tensor]:
+    """A tensor without memory that says it is on CUDA."""
+    with FakeTensorMode():
+        yield torch.empty(1, 2, 4, 4, device="cuda")
+
+
+@pytest.fixture
+def leaves(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    """Backends that this installation shall have: name -> why it refuses every call, None if it accepts."""
+    present: dict[str, str | None] = {}
+
+    def leaf(op: str, name: str) -> Leaf | str:
+        if name not in present:
+            return f"{name} is not installed"
+        return Leaf(supports=lambda *args: present[name], launch=lambda x, *args: x + 1)
+
+    monkeypatch.setattr(dispatch, "leaf", leaf)
+    monkeypatch.setattr(dispatch, "_warned", set())
+    return present
+
+
+# ---- order -------------------------------------------------------------------------------------------------------
+
+
+def test_call_before_context_before_environment(
+    monkeypatch: pytest.MonkeyPatch, leaves: dict[str, str | None], cuda_x: Tensor
+) -> None:
+    leaves |= {"cuda": None, "triton": None}
+    assert resolve("bias_act", "auto", cuda_x) == "cuda"
+    monkeypatch.setenv("CLONE_FAST_BACKEND", "triton")
+    assert resolve("bias_act", "auto", cuda_x) == "triton"
+    with backend("reference"):
+        assert resolve("bias_act", "auto", cuda_x) == "reference"
+        assert resolve("bias_act", "cuda", cuda_x) == "cuda"
+        with backend("triton"):
+            assert resolve("bias_act", "auto", cuda_x) == "triton"
+        assert resolve("bias_act", "auto", cuda_x) == "reference"
+        with backend("auto"):
+            assert resolve("bias_act", "auto", cuda_x) == "cuda"
+    assert resolve("bias_act", "auto", cuda_x) == "triton"
+    monkeypatch.setenv("CLONE_FAST_BACKEND", "")
+    assert resolve("bias_act", "auto", cuda_x) == "cuda"
+
+
+def test_context_ends_with_an_exception() -> None:
+    with pytest.raises(RuntimeError, match="stop"), backend("triton"):
+        raise RuntimeError("stop")
+    assert resolve("bias_act", "auto", X) == "reference"
+
+
+def test_auto_takes_the_best_that_accepts(leaves: dict[str, str | None], cuda_x: Tensor) -> None:
+    assert resolve("bias_act", "auto", cuda_x) == "reference"
+    leaves["triton"] = None
+    assert resolve("bias_act", "auto", cuda_x) == "triton"
+    leaves["cuda"] = None
+    assert resolve("bias_act", "auto", cuda_x) == "cuda"
+
+
+def test_on_the_cpu_auto_is_the_reference(leaves: dict[str, str | None]) -> None:
+    leaves |= {"cuda": None, "triton": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve("bias_act", "auto", X) == "reference"
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_every_op_asks(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = CALLS[op](backend="reference")
+    assert torch.equal(CALLS[op](), want)
+    monkeypatch.setenv("CLONE_FAST_BACKEND", "triton")
+    with pytest.raises(BackendError, match=f"^{op}: backend 'triton' cannot run this call: "):
+        CALLS[op]()
+    with backend("cuda"), pytest.raises(BackendError, match=f"^{op}: backend 'cuda' cannot run this call: "):
+        CALLS[op]()
+    with backend("cuda"):
+        assert torch.equal(CALLS[op](backend="reference"), want)
+
+
+# ---- names -------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = "backend must be one of auto, reference, triton, cuda, got "
+    with pytest.raises(ValueError, match=known + "'CUDA'"):
+        bias_act(X, backend="CUDA")
+    with pytest.raises(ValueError, match=known + "'fast'"), backend("fast"):
+        pass
+    monkeypatch.setenv("CLONE_FAST_BACKEND", "tritn")
+    with pytest.raises(ValueError, match=known + "'tritn'"):
+        bias_act(X)
+
+
+# ---- a backend that cannot ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_named_backend_that_is_missing_raises_with_the_reason(name: str, leaves: dict[str, str | None]) -> None:
+    with pytest.raises(BackendError) as raised:
+        bias_act(X, backend=name)
+    assert str(raised.value) == f"bias_act: backend {name!r} cannot run this call: {name} is not installed"
+    assert isinstance(raised.value, CloneFastError)
+    leaves[name] = None
+    with pytest.raises(BackendError) as raised:
+        bias_act(X, backend=name)
+    assert (
+        str(raised.value)
+        == f"bias_act: backend {name!r} cannot run this call: {name} runs on CUDA tensors, x is on cpu"
+    )
+
+
+def test_a_named_backend_that_refuses_raises_with_its_reason(leaves: dict[str, str | None], cuda_x: Tensor) -> None:
+    leaves["triton"] = "no float64"
+    with pytest.raises(BackendError, match=r"^upfirdn2d: backend 'triton' cannot run this call: no float64$"):
+        resolve("upfirdn2d", "triton", cuda_x)
+
+
+def test_auto_warns_once_for_each_reason(leaves: dict[str, str | None], cuda_x: Tensor) -> None:
+    leaves |= {"cuda": "no float64", "triton": None}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen = {resolve("upfirdn2d", "auto", cuda_x) for _ in range(3)}
+    assert chosen == {"triton"}
+    assert [(w.category, str(w.message)) for w in caught] == [
+        (RuntimeWarning, "upfirdn2d: backend 'cuda' was passed over: no float64")
+    ]
+    leaves["cuda"] = "filter too large"
+    with pytest.warns(RuntimeWarning, match="filter too large"):
+        resolve("upfirdn2d", "auto", cuda_x)
+    leaves["triton"] = "no float64"
+    with pytest.warns(RuntimeWarning, match=r"^upfirdn2d: backend 'triton' was passed over: no float64$"):
+        assert resolve("upfirdn2d", "auto", cuda_x) == "reference"
+
+
+def test_strict_forbids_the_fallback(
+    leaves: dict[str, str | None], cuda_x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaves |= {"cuda": "no float64", "triton": None}
+    monkeypatch.setenv("CLONE_FAST_STRICT", "1")
+    message = r"no float64 \(CLONE_FAST_STRICT=1 forbids the fallback\)"
+    with pytest.raises(BackendError, match=message):
+        resolve("upfirdn2d", "auto", cuda_x)
+    assert resolve("upfirdn2d", "triton", cuda_x) == "triton"
+    del leaves["cuda"]  # what is not installed is not passed over
+    assert resolve("upfirdn2d", "auto", cuda_x) == "triton"
+
+
+def test_a_leaf_is_launched_below_the_registered_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its arguments in the order of the schema, and the gradients of the reference."""
+    seen: list[Any] = []
+
+    def launch(x: Tensor, *args: Any) -> Tensor:
+        seen.append(args)
+        return x + 1
+
+    module = sys.modules["clone_fast.ops.registration"]
+    monkeypatch.setattr(module, "leaf", lambda op, name: Leaf(lambda *args: None, launch))
+    x = X.clone().requires_grad_()
+    b = torch.ones(2)
+    y = torch.ops.clone_fast.bias_act.default(x, b, 1, "relu", 0.0, 3.0, None, "triton")
+    assert torch.equal(y, X + 1)
+    assert seen[0][1:] == (1, "relu", 0.0, 3.0, None)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(dx, 3 * torch.ones_like(x))
+
+
+def test_the_registered_op_says_what_is_missing() -> None:
+    with pytest.raises(NotImplementedError, match=r"^bias_act: "):
+        torch.ops.clone_fast.bias_act.default(X, None, 0, "relu", 0.0, 1.0, None, "cuda")
+
+
+# ---- leaves ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_leaves() -> Iterator[None]:
+    dispatch.leaf.cache_clear()
+    yield
+    dispatch.leaf.cache_clear()
+
+
+def package(name: str, **contents: Any) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__spec__ = types.SimpleNamespace(name=name)  # type: ignore[assignment]
+    module.__path__ = []
+    vars(module).update(contents)
+    return module
+
+
+@pytest.mark.usefixtures("fresh_leaves")
+def test_triton_leaves_are_modules_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def supports(*args: Any) -> None:
+        return None
+
+    monkeypatch.setitem(sys.modules, "triton", package("triton"))
+    monkeypatch.setitem(sys.modules, "clone_fast.kernels", package("clone_fast.kernels"))
+    name = "clone_fast.kernels.upfirdn2d"
+    monkeypatch.setitem(sys.modules, name, package(name, supports=supports, launch=torch.add))
+    assert dispatch.leaf("upfirdn2d", "triton") == Leaf(supports, torch.add)
+    assert dispatch.leaf("bias_act", "triton") == "this version has no Triton kernel of bias_act"
+
+
+@pytest.mark.usefixtures("fresh_leaves")
+def test_cuda_leaves_are_functions_of_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = package("clone_fast._C", upfirdn2d=torch.add, upfirdn2d_supports=torch.sub)
+    monkeypatch.setitem(sys.modules, "clone_fast._C", extension)
+    assert dispatch.leaf("upfirdn2d", "cuda") == Leaf(torch.sub, torch.add)
+    assert dispatch.leaf("bias_act", "cuda") == "clone_fast._C has no kernel of bias_act"
+
+
+@pytest.mark.usefixtures("fresh_leaves")
+@pytest.mark.parametrize(
+    ("missing", "op", "name", "reason"),
+    [
+        ("triton", "bias_act", "triton", "the package triton is not installed"),
+        ("clone_fast.kernels", "bias_act", "triton", "clone_fast.kernels is not installed"),
+        ("clone_fast._C", "bias_act", "cuda", "this installation was built without the CUDA extension clone_fast._C"),
+    ],
+)
+def test_reasons_for_missing_leaves(
+    missing: str, op: str, name: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"triton", "clone_fast.kernels", "clone_fast._C"} - {missing}
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda module: module if module in found else None)
+    assert dispatch.leaf(op, name) == reason
+
+
+def test_no_leaf_is_the_reference() -> None:
+    with pytest.raises(ValueError, match=r"no leaves on backend 'reference'"):
+        dispatch.leaf("bias_act", "reference")
+
+
+# ---- what a user sees --------------------------------------------------------------------------------------------
+
+
+def test_backends_has_a_row_for_each_op_and_backend(
+    leaves: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaves["triton"] = None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    rows = backends()
+    assert [(op, name) for op, name, _ in rows] == [
+        (op, name) for op in dispatch.OPS for name in ("reference", "triton", "cuda")
+    ]
+    assert {name: reason for _, name, reason in rows} == {
+        "reference": None,
+        "triton": None,
+        "cuda": "cuda is not installed",
+    }
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ("upfirdn2d", "triton", "no CUDA device is visible") in backends()
+
+
+def test_explain(leaves: dict[str, str | None]) -> None:
+    leaves["triton"] = None
+    assert explain("upfirdn2d", X, setup_filter([1, 3, 3, 1]), up=2, padding=[2, 1, 2, 1]).splitlines() == [
+        "upfirdn2d on cuda: cuda is not installed",
+        "upfirdn2d on triton: triton runs on CUDA tensors, x is on cpu",
+        "upfirdn2d on reference: accepted",
+    ]
+    assert explain("laplacian_pyramid", X, X).splitlines()[-1] == "laplacian_pyramid on reference: accepted"
+
+
+def test_explain_refuses_what_the_op_refuses() -> None:
+    with pytest.raises(ValueError, match=r"^explain: op must be one of bias_act, upfirdn2d, .*, got 'conv2d'$"):
+        explain("conv2d", X)
+    with pytest.raises(TypeError, match=r"^upfirdn2d: f must be a tensor"):
+        explain("upfirdn2d", X, None)
