@@ -16,8 +16,8 @@ from torch import Tensor
 settings.register_profile("clone_fast", derandomize=True, database=None, deadline=None)
 settings.load_profile("clone_fast")
 
-# Fixed, because the order of a float sum depends on it; one, because the networks of the tests are so small that threads
-# only wait for one another.
+# Fixed, because the order of a float sum depends on it; one, because the networks of the tests are so small that
+# threads only wait for one another.
 torch.set_num_threads(1)
 
 # TF32 off: float32 means float32 on every device. A test of TF32 turns it on for itself, and off again.

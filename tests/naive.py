@@ -22,7 +22,7 @@ BLUR = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64  # the low-pass of StyleGAN2
 
 def array(x: Any) -> Array:
     """A tensor, or None, as float64 numpy."""
-    return None if x is None else x.detach().to("cpu").double().numpy()  # type: ignore[return-value]
+    return None if x is None else x.detach().to("cpu").double().numpy()
 
 
 # ---- bias_act ----------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def synthesis(
             image = upfirdn2d(image, BLUR, up=(2, 2), padding=(2, 1, 2, 1), gain=4)
         image = rgb if image is None else image + rgb
         r *= 2
-    return image  # type: ignore[no-any-return]
+    return image
 
 
 def minibatch_stddev(x: Array, group: int, channels: int = 1) -> Array:

@@ -222,7 +222,7 @@ def fresh_leaves() -> Iterator[None]:
 
 def package(name: str, **contents: Any) -> types.ModuleType:
     module = types.ModuleType(name)
-    module.__spec__ = types.SimpleNamespace(name=name)  # type: ignore[assignment]
+    module.__spec__ = types.SimpleNamespace(name=name)
     module.__path__ = []
     vars(module).update(contents)
     return module

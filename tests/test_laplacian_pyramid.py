@@ -208,11 +208,13 @@ def test_y_computed_from_x_is_counted_once() -> None:
 # ---- registration ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("contiguous", torch.float32), ("channels_last", torch.bfloat16), ("strided", torch.float64)],
+)
 def test_opcheck(layout: str, dtype: torch.dtype) -> None:
     x, y = (as_layout(torch.randn(2, 3, 9, 8).to(dtype), layout).requires_grad_() for _ in range(2))
-    assert_op_check(REGISTERED, (x, y, 3, [1.0, 0.5, 2.0], "reference"))
+    assert_op_check(REGISTERED, (x, y, 2, [1.0, 0.5], "reference"))
 
 
 @pytest.mark.parametrize("dynamic_batch", [False, True])
@@ -229,7 +231,7 @@ def test_compiles_without_a_graph_break(function: Callable[..., Tensor], dynamic
 @pytest.mark.slow
 def test_compiles_to_machine_code() -> None:
     y = torch.randn(2, 3, 12, 10)
-    compiled(lambda x: laplacian_pyramid_loss(x, y, levels=3), torch.randn(2, 3, 12, 10), backend="inductor")
+    compiled(lambda x: laplacian_pyramid_loss(x, y, levels=2), torch.randn(2, 3, 12, 10), backend="inductor")
 
 
 @pytest.mark.parametrize("function", [laplacian_pyramid_loss, registered])

@@ -184,9 +184,9 @@ def grouped(
     f = resample_filter
     if up == 2:
         y = F.conv_transpose2d(x, w.transpose(1, 2).reshape(n * i, o, k, k), stride=2, groups=n)
-        y = upfirdn2d(y, f, padding=1, gain=4)  # type: ignore[arg-type]
+        y = upfirdn2d(y, f, padding=1, gain=4)
     elif down == 2:
-        x = upfirdn2d(x, f, padding=2)  # type: ignore[arg-type]
+        x = upfirdn2d(x, f, padding=2)
         y = F.conv2d(x, w.reshape(n * o, i, k, k), stride=2, groups=n)
     else:
         y = F.conv2d(x, w.reshape(n * o, i, k, k), padding=k // 2, groups=n)
@@ -325,10 +325,10 @@ def test_convolutions_whose_second_derivative_is_fast(stride: int, padding: int,
     w = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
 
     def forward(x: Tensor, w: Tensor) -> Tensor:
-        return _Convolution.apply(x, w, stride, padding)  # type: ignore[no-any-return]
+        return _Convolution.apply(x, w, stride, padding)
 
     def transposed(x: Tensor, w: Tensor) -> Tensor:
-        return _TransposedConvolution.apply(x, w.transpose(0, 1), stride)  # type: ignore[no-any-return]
+        return _TransposedConvolution.apply(x, w.transpose(0, 1), stride)
 
     torch.testing.assert_close(forward(x, w), F.conv2d(x, w, stride=stride, padding=padding))
     torch.testing.assert_close(transposed(x, w), F.conv_transpose2d(x, w.transpose(0, 1), stride=stride))

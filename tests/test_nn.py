@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CONDITIONAL, TINY, randomised
+from networks import CONDITIONAL, TINY, randomised
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 

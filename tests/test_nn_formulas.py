@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from grids import assert_same
-from tiny import CONDITIONAL, TINY, randomised
+from networks import CONDITIONAL, TINY, randomised
 from torch import Tensor
 
 from clone_fast.nn import Architecture, Discriminator, Generator

@@ -52,7 +52,7 @@ def bias_act(
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        Shape and dtype of x; differentiable to x and b, twice and more.
+        Shape, dtype and layout of x, always a new tensor; differentiable to x and b, twice and more.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

@@ -77,7 +77,7 @@ def laplacian_pyramid_loss(
 
     loss = sum_j weights[j] * mean |L_j(x) - L_j(y)|. With the default weights of 1 this is the "Lap1" loss
     sum_j 2^(2j) |L_j(x) - L_j(y)|_1 of Bojanowski et al. 2018 divided by the number of elements of x, since level j
-    has 4^-j of them.
+    has 4^-j of them (where the sizes halve exactly).
 
     Args:
         x, y: images [N, C, H, W] of one shape, dtype and device.

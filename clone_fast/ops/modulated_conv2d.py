@@ -115,8 +115,8 @@ def modulated_conv2d(
     overflows; bfloat16 has the range and takes no such branch.
 
     Returns:
-        [N, O, H * up / down, W * up / down] in x's dtype; differentiable to x, weight, styles, noise, noise_strength
-        and bias, twice and more.
+        [N, O, H * up / down, W * up / down] in x's dtype and layout; differentiable to x, weight, styles, noise,
+        noise_strength and bias, twice and more.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

@@ -70,7 +70,7 @@ def upfirdn2d(
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        [N, C, (H * up + y0 + y1 - fh + down) // down, (W * up + x0 + x1 - fw + down) // down] in x's dtype;
+        [N, C, (H * up + y0 + y1 - fh + down) // down, (W * up + x0 + x1 - fw + down) // down] in x's dtype and layout;
         differentiable to x any number of times.
 
     Raises:
