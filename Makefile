@@ -24,7 +24,7 @@ lint: $(VENV)/.ready-dev  ## ruff
 	$(BIN)/ruff check .
 
 types: $(VENV)/.ready-dev  ## mypy
-	$(BIN)/mypy clone_fast setup.py $(wildcard kernels/*.py)
+	$(BIN)/mypy clone_fast benchmarks setup.py $(wildcard kernels/*.py)
 
 bench: $(VENV)/.ready-demo,test  ## the benchmarks; small shapes where there is no GPU
 	$(BIN)/pytest benchmarks --benchmark-only

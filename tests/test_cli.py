@@ -73,6 +73,7 @@ def test_every_option_reaches_invert(world: World, tmp_path: Path, monkeypatch: 
         "--crop": "1,2,30",
         "--device": "cpu",
         "--seed": 9,
+        "--label": 3,
     }
     result = run("invert", world.photo, "--out", tmp_path, *(part for pair in options.items() for part in pair))
     assert result.exit_code == 0, result.output
@@ -91,6 +92,7 @@ def test_every_option_reaches_invert(world: World, tmp_path: Path, monkeypatch: 
         "crop": (1, 2, 30),
         "device": "cpu",
         "seed": 9,
+        "label": 3,
     }
 
 

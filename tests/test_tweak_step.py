@@ -23,14 +23,24 @@ from clone_fast.tweak import Tweak, TweakSettings
 PHOTO = tiny.photo()
 
 
-def laplacian_loss(x: Tensor, y: Tensor) -> Tensor:
-    """sum over three levels (16x16) of the mean absolute difference, with a gradient: each band is a matrix product."""
+def laplacian_bands(x: Tensor, y: Tensor) -> list[Tensor]:
+    """Three levels (16x16) of the difference, with a gradient: each band is a matrix product."""
     difference = (x - y).double()
     size = difference.shape[-1]
     basis = naive.laplacian_pyramid(np.eye(size * size).reshape(-1, 1, size, size), 3)
     planes = difference.reshape(-1, size * size)
-    bands = [planes @ torch.from_numpy(band.reshape(size * size, -1)) for band in basis]
-    return torch.stack([band.abs().mean() for band in bands]).sum()
+    return [planes @ torch.from_numpy(band.reshape(size * size, -1)) for band in basis]
+
+
+def laplacian_loss(x: Tensor, y: Tensor) -> Tensor:
+    """Sum over the levels of the mean absolute difference."""
+    return torch.stack([band.abs().mean() for band in laplacian_bands(x, y)]).sum()
+
+
+def soft_laplacian_loss(x: Tensor, y: Tensor) -> Tensor:
+    """The same with sqrt(d^2 + s^2) - s for |d|, s being one of 255 grey levels of a range of 2."""
+    s = 2 / 255
+    return torch.stack([(torch.sqrt(band**2 + s**2) - s).mean() for band in laplacian_bands(x, y)]).sum()
 
 
 def log_d(logits: Tensor) -> Tensor:
@@ -110,14 +120,14 @@ def one_step_by_hand(
     if s.cohesion_weight:
         terms["global"] = s.cohesion_weight * form(judged[rest]).mean()
     if s.paired_weight:
-        terms["paired"] = s.paired_weight * laplacian_loss(others, before)
+        terms["paired"] = s.paired_weight * soft_laplacian_loss(others, before)
     if s.edit_weight and joins:
         z = torch.randn(1, g.z_dim, generator=source)
         c = torch.eye(g.c_dim)[torch.randint(g.c_dim, [1], generator=source)] if g.c_dim else None
         reach = s.edit_reach * torch.rand([], generator=source)
         moved_ws = latent.ws + reach * (net.generator.mapping(z, c) - net.generator.mapping.w_avg)
         change = Latent(moved_ws, latent.noise).draw(net.generator) - latent.draw(net.generator)
-        terms["edit"] = s.edit_weight * laplacian_loss(g.synthesis(moved_ws, noise=maps), PHOTO + change)
+        terms["edit"] = s.edit_weight * soft_laplacian_loss(g.synthesis(moved_ws, noise=maps), PHOTO + change)
     loss = torch.stack(list(terms.values())).sum()
     values = {name: term.item() for name, term in terms.items()} | {"loss": loss.item()}
     if s.adversarial and (joins or s.cohesion_weight):

@@ -1,0 +1,1 @@
+"""Benchmarks, a package so that they import one another; not installed."""
