@@ -256,7 +256,7 @@ def save_rosinality(network: Network, path: str | os.PathLike[str], *, strict: b
     arch = network.arch
     reasons = _inexpressible(arch) + (_unbuildable(arch, network) if strict else [])
     if reasons:
-        hint = "; strict=False writes it anyway" if strict and not _inexpressible(arch) else ""
+        hint = "; strict=False (convert --force) writes it anyway" if strict and not _inexpressible(arch) else ""
         raise CheckpointError(f"rosinality's StyleGAN2 has no such network: {', '.join(reasons)}{hint}")
     for lost in _lost(network):
         warnings.warn(f"save_rosinality: {lost}", UserWarning, stacklevel=2)
