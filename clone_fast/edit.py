@@ -174,13 +174,7 @@ def _sample_w(generator: Generator, samples: int, seed: int) -> Tensor:
     """[samples, w_dim] float64 on the CPU."""
     if samples < 2:
         raise SettingsError(f"directions: at least 2 samples of w are needed, got {samples}")
-    source = torch.Generator().manual_seed(seed)
-    where = next(generator.parameters()).device
-    z = torch.randn(samples, generator.z_dim, generator=source).to(where)
-    c = None
-    if generator.c_dim:
-        labels = torch.randint(generator.c_dim, (samples,), generator=source)
-        c = torch.nn.functional.one_hot(labels, generator.c_dim).float().to(where)
+    z, c = generator.sample(samples, torch.Generator().manual_seed(seed))
     return generator.mapping(z, c)[:, 0].double().cpu()
 
 

@@ -73,7 +73,7 @@ class Inversion:
         """
         move = resolve_direction(direction, self.directions)
         moved = Latent(apply(self.latent.ws, move, strength), self.latent.noise)
-        return moved.draw(self.generator).clamp(-1, 1)
+        return moved.picture(self.generator)
 
     def save(self, folder: StrPath) -> None:
         """Write clone.png, latent_only.png, generator.safetensors (with the discriminator and the directions),
@@ -126,7 +126,7 @@ class Inversion:
                 raise ValueError(f"photo must be [{resolution}, {resolution}, 3], got {list(photo.shape)}")
             noise = {name.removeprefix("noise."): value for name, value in tensors.items() if name != "ws"}
             latent = Latent(Latent.expanded(tensors["ws"], network.generator), noise)
-            image = cls._redraw(latent, network.generator)
+            image = latent.picture(network.generator)
             latent_only = load_photo(source / "latent_only.png", resolution).to(device)
             known = {name: content.pop(name) for name in ("seconds", "settings", "history")}
             known["history"] = [
@@ -147,11 +147,6 @@ class Inversion:
             directions=network.directions,
             **known,
         )
-
-    @staticmethod
-    @torch.no_grad()
-    def _redraw(latent: Latent, generator: Generator) -> Tensor:
-        return latent.draw(generator).clamp(-1, 1)
 
 
 def _without_nan(value: Any) -> Any:

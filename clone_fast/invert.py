@@ -119,8 +119,8 @@ def invert(
         )
     inversion = Inversion(
         photo=target,
-        image=_draw(tweaked.latent, tweaked.generator),
-        latent_only=_draw(found.latent, generator),
+        image=tweaked.latent.picture(tweaked.generator),
+        latent_only=found.latent.picture(generator),
         latent=tweaked.latent,
         found=found.latent,
         generator=tweaked.generator,
@@ -252,8 +252,3 @@ def _one_hot(label: int | None, generator: Generator, device: torch.device) -> T
     if not 0 <= label < generator.c_dim:
         raise SettingsError(f"label must be in [0, {generator.c_dim}) for this network, got {label}")
     return torch.eye(generator.c_dim, device=device)[label : label + 1]
-
-
-@torch.no_grad()
-def _draw(latent: Latent, generator: Generator) -> Tensor:
-    return latent.draw(generator).clamp(-1, 1)

@@ -102,15 +102,12 @@ def drift(
         raise ValueError(f"drift: n and batch must be at least 1, got {n} and {batch}")
     where = next(after.parameters()).device if device is None else torch.device(device)
     source = torch.Generator().manual_seed(seed)
-    latents = torch.randn(n, before.z_dim, generator=source)  # all at once: the same ones for any batch
-    labels = torch.randint(max(1, before.c_dim), (n,), generator=source)
+    latents, labels = before.sample(n, source)  # all at once: the same ones for any batch
     sums = torch.zeros(2, dtype=torch.float64)
     seen: tuple[list[Tensor], list[Tensor]] = ([], [])
     for start in range(0, n, batch):
         z = latents[start : start + batch].to(where)
-        c = None
-        if before.c_dim:
-            c = torch.nn.functional.one_hot(labels[start : start + batch], before.c_dim).float().to(where)
+        c = None if labels is None else labels[start : start + batch].to(where)
         pair = [g(z, c, noise_mode="const").float().clamp(-1, 1) for g in (before, after)]
         sums += torch.stack([_psnr(*pair).double().sum(), _ssim(*pair).double().sum()]).cpu()
         if features is not None:

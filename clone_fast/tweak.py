@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clone_fast.adversary import Adversary
@@ -176,8 +175,7 @@ class Tweak:
         tuned = [p for p in self.generator.parameters() if p.requires_grad]
         self.maps = dict(latent.noise)
         if settings.noise_lr > 0:
-            for name in generator.synthesis.noise_names():
-                const = generator.synthesis.get_buffer(f"{name}.noise_const")
+            for name, const in generator.synthesis.noise_consts().items():
                 self.maps[name] = self.maps.get(name, const).detach().clone().requires_grad_(True)
         groups = [
             {"params": tuned, "peak": settings.generator_lr},
@@ -251,7 +249,7 @@ class Tweak:
     def _draw(self, local: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Images of the generator, the clone first if it joins; the original's of the other latents; and labels."""
         others = self.settings.batch - local if self.settings.others else 0
-        z, c = self._sample(others)
+        z, c = self.original.sample(others, self.source)
         ws = self.generator.mapping(z, c) if others else self.latent.ws[:0]
         with torch.no_grad():
             before = self.original.synthesis(self.original.mapping(z, c)) if others else self.photo[:0]
@@ -263,7 +261,7 @@ class Tweak:
 
     def _edit(self) -> Tensor:
         """Distance of the clone after a random move of its latent from the photo plus what the original changes."""
-        z, c = self._sample(1)
+        z, c = self.original.sample(1, self.source)
         reach = self.settings.edit_reach * float(torch.rand([], generator=self.source))
         with torch.no_grad():
             move = self.original.mapping(z, c) - self.original.mapping.w_avg
@@ -271,21 +269,13 @@ class Tweak:
             wanted = self.photo + moved.draw(self.original) - self.start
         return paired_cohesion(Latent(moved.ws, self.maps).draw(self.generator), wanted)
 
-    def _sample(self, n: int) -> tuple[Tensor, Tensor | None]:
-        """z [n, z_dim] and classes [n, c_dim] of the global terms, drawn on the CPU so that a seed fixes them."""
-        z = torch.randn(n, self.generator.z_dim, generator=self.source).to(self.photo.device)
-        if not self.generator.c_dim:
-            return z, None
-        classes = torch.randint(self.generator.c_dim, [n], generator=self.source)
-        return z, F.one_hot(classes, self.generator.c_dim).float().to(self.photo.device)
-
     def _noise(self, others: int) -> dict[str, Tensor]:
         """Noise maps of a batch whose first image is the clone: its own, where it has any, then the generator's."""
-        maps = {}
-        for name, own in self.maps.items():
-            const = self.generator.synthesis.get_buffer(f"{name}.noise_const")
-            maps[name] = torch.cat([own[None, None], const[None, None].expand(others, -1, -1, -1)])
-        return maps
+        consts = self.generator.synthesis.noise_consts()
+        return {
+            name: torch.cat([own[None, None], consts[name][None, None].expand(others, -1, -1, -1)])
+            for name, own in self.maps.items()
+        }
 
     def _real(self, before: Tensor) -> Tensor:
         if self.real_images is None:

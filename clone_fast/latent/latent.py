@@ -28,6 +28,11 @@ class Latent:
         image: Tensor = generator.synthesis(self.ws, noise_mode="const", noise=self.noise)
         return image
 
+    @torch.no_grad()
+    def picture(self, generator: Generator) -> Tensor:
+        """The same as a finished picture: limited to [-1, 1], without a graph."""
+        return self.draw(generator).clamp(-1, 1)
+
     def to(self, device: torch.device | str) -> Latent:
         """The same on another device."""
         return Latent(self.ws.to(device), {name: noise.to(device) for name, noise in self.noise.items()})

@@ -106,14 +106,9 @@ def noise_structure(noise: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _sample_w(generator: Generator, photo: Tensor, settings: LatentSettings, source: torch.Generator) -> Tensor:
-    """Random w [start_samples, w_dim], over all classes."""
-    z = torch.randn(settings.start_samples, generator.z_dim, generator=source).to(photo.device)
-    labels = None
-    if generator.c_dim:
-        picked = torch.randint(generator.c_dim, [settings.start_samples], generator=source)
-        labels = F.one_hot(picked, generator.c_dim).float().to(photo.device)
-    w: Tensor = generator.mapping(z, labels)[:, 0]
+def _sample_w(generator: Generator, n: int, source: torch.Generator) -> Tensor:
+    """Random w [n, w_dim], over all classes."""
+    w: Tensor = generator.mapping(*generator.sample(n, source))[:, 0]
     return w
 
 
@@ -156,7 +151,7 @@ def optimise(
     source = torch.Generator().manual_seed(seed)
     similarity = lpips_similarity(photo.device) if settings.similarity == "lpips" else None
     loss_of = Reconstruction(photo, similarity=similarity)
-    w = _sample_w(generator, photo, settings, source)
+    w = _sample_w(generator, settings.start_samples, source)
     spread = float((w - w.mean(dim=0)).square().sum(dim=1).mean().sqrt())
     first = _nearest(generator, photo, w) if start is None else start.ws.to(photo.device)
     base = Latent.expanded(first, generator)
@@ -165,8 +160,7 @@ def optimise(
     ws = base.detach().clone().requires_grad_(True)
     maps = dict(start.noise) if start is not None else {}
     if settings.noise_maps:
-        for name in generator.synthesis.noise_names():
-            const = generator.synthesis.get_buffer(f"{name}.noise_const")
+        for name, const in generator.synthesis.noise_consts().items():
             maps[name] = maps.get(name, const).detach().clone().requires_grad_(True)
     tuned = [ws, *(m for m in maps.values() if m.requires_grad)]
     optimizer = torch.optim.Adam(tuned, lr=settings.learning_rate, betas=(0.9, 0.99))

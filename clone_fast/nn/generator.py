@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clone_fast.nn.architecture import RESAMPLE_TAPS, Architecture
@@ -206,6 +207,10 @@ class SynthesisNetwork(nn.Module):
         """Names of the layers that take noise, in the order they run: b4.conv1, b8.conv0, b8.conv1, ..."""
         return ["b4.conv1"] + [f"b{r}.conv{i}" for r in self.block_resolutions[1:] for i in (0, 1)]
 
+    def noise_consts(self) -> dict[str, Tensor]:
+        """The constant noise map [r, r] of each of these layers, by its name."""
+        return {name: self.get_buffer(f"{name}.noise_const") for name in self.noise_names()}
+
     def forward(self, ws: Tensor, noise_mode: str = "const", noise: Mapping[str, Tensor] | None = None) -> Tensor:
         """Draw images.
 
@@ -261,6 +266,18 @@ class Generator(nn.Module):
         self.mapping = MappingNetwork(arch.z_dim, arch.c_dim, arch.w_dim, arch.num_ws, num_layers=arch.mapping_layers)
         self.z_dim, self.c_dim, self.w_dim = arch.z_dim, arch.c_dim, arch.w_dim
         self.img_resolution, self.img_channels, self.num_ws = arch.img_resolution, arch.img_channels, arch.num_ws
+
+    def sample(self, n: int, source: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Random inputs: z [n, z_dim] from N(0, I), and uniformly random classes [n, c_dim], None if unconditional.
+
+        Drawn with a CPU generator, so that a seed gives the same on every device, then moved to the network's.
+        """
+        device = self.mapping.w_avg.device
+        z = torch.randn(n, self.z_dim, generator=source).to(device)
+        if not self.c_dim:
+            return z, None
+        classes = torch.randint(self.c_dim, [n], generator=source)
+        return z, F.one_hot(classes, self.c_dim).float().to(device)
 
     def forward(
         self,
