@@ -41,7 +41,9 @@ HOUSE = (
     Layer("files", packages=""),
     Layer("reference", packages="torch"),
     Layer("kernels", packages="torch triton"),
-    Layer("ops", imports="reference", lazily="kernels _C triton"),
+    Layer("_C", packages=""),  # csrc, compiled; absent where there is no nvcc
+    Layer("cuda", imports="_C"),
+    Layer("ops", imports="reference", lazily="kernels cuda _C triton"),
     Layer("nn", imports="ops"),
     Layer("losses", imports="ops"),
     Layer("compat", imports="ops", lazily=ANY),  # a target codebase is imported when it is to be accelerated

@@ -39,6 +39,11 @@ CALLS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def made(**functions: Callable[..., Any]) -> Leaf:
+    """A leaf of these functions."""
+    return Leaf(types.SimpleNamespace(**functions))
+
+
 @pytest.fixture
 def cuda_x() -> Iterator[Tensor]:
     """A tensor without memory that says it is on CUDA."""
@@ -54,7 +59,7 @@ def leaves(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     def leaf(op: str, name: str) -> Leaf | str:
         if name not in present:
             return f"{name} is not installed"
-        return Leaf(supports=lambda *args: present[name], launch=lambda x, *args: x + 1)
+        return made(supports=lambda *args: present[name], launch=lambda x, *args: x + 1)
 
     monkeypatch.setattr(dispatch, "leaf", leaf)
     monkeypatch.setattr(dispatch, "_warned", set())
@@ -156,20 +161,20 @@ def test_a_named_backend_that_refuses_raises_with_its_reason(leaves: dict[str, s
         resolve("upfirdn2d", "triton", cuda_x)
 
 
-def test_auto_warns_once_for_each_reason(leaves: dict[str, str | None], cuda_x: Tensor) -> None:
+def test_auto_warns_once_for_each_reason_of_a_fallback(leaves: dict[str, str | None], cuda_x: Tensor) -> None:
     leaves |= {"cuda": "no float64", "triton": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # another fast backend is no fallback
+        assert resolve("upfirdn2d", "auto", cuda_x) == "triton"
+    leaves["triton"] = "filter too large"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         chosen = {resolve("upfirdn2d", "auto", cuda_x) for _ in range(3)}
-    assert chosen == {"triton"}
-    assert [(w.category, str(w.message)) for w in caught] == [
-        (RuntimeWarning, "upfirdn2d: backend 'cuda' was passed over: no float64")
-    ]
-    leaves["cuda"] = "filter too large"
-    with pytest.warns(RuntimeWarning, match="filter too large"):
-        resolve("upfirdn2d", "auto", cuda_x)
-    leaves["triton"] = "no float64"
-    with pytest.warns(RuntimeWarning, match=r"^upfirdn2d: backend 'triton' was passed over: no float64$"):
+    assert chosen == {"reference"}
+    message = "upfirdn2d: fell back to the reference (cuda: no float64; triton: filter too large)"
+    assert [(w.category, str(w.message)) for w in caught] == [(RuntimeWarning, message)]
+    leaves["cuda"] = "no bfloat16"
+    with pytest.warns(RuntimeWarning, match="no bfloat16"):
         assert resolve("upfirdn2d", "auto", cuda_x) == "reference"
 
 
@@ -178,24 +183,31 @@ def test_strict_forbids_the_fallback(
 ) -> None:
     leaves |= {"cuda": "no float64", "triton": None}
     monkeypatch.setenv("CLONE_FAST_STRICT", "1")
-    message = r"no float64 \(CLONE_FAST_STRICT=1 forbids the fallback\)"
-    with pytest.raises(BackendError, match=message):
-        resolve("upfirdn2d", "auto", cuda_x)
-    assert resolve("upfirdn2d", "triton", cuda_x) == "triton"
-    del leaves["cuda"]  # what is not installed is not passed over
     assert resolve("upfirdn2d", "auto", cuda_x) == "triton"
+    leaves["triton"] = "no float64"
+    with pytest.raises(
+        BackendError, match=r"\(cuda: no float64; triton: no float64\); CLONE_FAST_STRICT=1 forbids that"
+    ):
+        resolve("upfirdn2d", "auto", cuda_x)
+    leaves.clear()  # what is not installed is not passed over
+    assert resolve("upfirdn2d", "auto", cuda_x) == "reference"
 
 
-def test_a_leaf_is_launched_below_the_registered_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its arguments in the order of the schema, and the gradients of the reference."""
+def test_a_leaf_is_launched_below_the_registered_op(
+    leaves: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its arguments in the order of the schema, forward and backward."""
     seen: list[Any] = []
 
     def launch(x: Tensor, *args: Any) -> Tensor:
         seen.append(args)
         return x + 1
 
-    module = sys.modules["clone_fast.ops.registration"]
-    monkeypatch.setattr(module, "leaf", lambda op, name: Leaf(lambda *args: None, launch))
+    def launch_backward(dy: Tensor, *args: Any) -> tuple[Tensor, None]:
+        seen.append(args)
+        return 3 * dy, None
+
+    monkeypatch.setattr(dispatch, "leaf", lambda op, name: made(launch=launch, launch_backward=launch_backward))
     x = X.clone().requires_grad_()
     b = torch.ones(2)
     y = torch.ops.clone_fast.bias_act.default(x, b, 1, "relu", 0.0, 3.0, None, "triton")
@@ -203,10 +215,24 @@ def test_a_leaf_is_launched_below_the_registered_op(monkeypatch: pytest.MonkeyPa
     assert seen[0][1:] == (1, "relu", 0.0, 3.0, None)
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(dx, 3 * torch.ones_like(x))
+    assert seen[1][2:] == (1, "relu", 0.0, 3.0, None, False)
 
 
-def test_the_registered_op_says_what_is_missing() -> None:
-    with pytest.raises(NotImplementedError, match=r"^bias_act: "):
+def test_a_step_that_a_leaf_lacks_is_done_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves = {
+        "cuda": made(launch=torch.neg, launch_conv=torch.neg, supports_conv=lambda x: "too many channels"),
+        "triton": made(launch=torch.neg, launch_conv=torch.abs, launch_wgrad=torch.exp),
+    }
+    monkeypatch.setattr(dispatch, "leaf", lambda op, name: leaves[name])
+    assert dispatch.launch_step("modulated_conv2d", "conv", "cuda", -X).equal(X)
+    assert dispatch.launch_step("modulated_conv2d", "wgrad", "cuda", X).equal(X.exp())
+    message = r"no backend runs its step 'x' \(cuda: it has no x; triton: it has no x\)"
+    with pytest.raises(BackendError, match=message):
+        dispatch.launch_step("modulated_conv2d", "x", "cuda", X)
+
+
+def test_the_registered_op_says_what_is_missing(leaves: dict[str, str | None]) -> None:
+    with pytest.raises(BackendError, match=r"cuda: cuda is not installed; triton: triton is not installed"):
         torch.ops.clone_fast.bias_act.default(X, None, 0, "relu", 0.0, 1.0, None, "cuda")
 
 
@@ -237,16 +263,24 @@ def test_triton_leaves_are_modules_of_the_kernels(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "clone_fast.kernels", package("clone_fast.kernels"))
     name = "clone_fast.kernels.upfirdn2d"
     monkeypatch.setitem(sys.modules, name, package(name, supports=supports, launch=torch.add))
-    assert dispatch.leaf("upfirdn2d", "triton") == Leaf(supports, torch.add)
+    found = dispatch.leaf("upfirdn2d", "triton")
+    assert isinstance(found, Leaf)
+    assert found.why_not("", (X, X)) is None
+    assert found.launch("", X, X).equal(2 * X)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda module: None if "bias_act" in module else module)
     assert dispatch.leaf("bias_act", "triton") == "this version has no Triton kernel of bias_act"
 
 
 @pytest.mark.usefixtures("fresh_leaves")
-def test_cuda_leaves_are_functions_of_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    extension = package("clone_fast._C", upfirdn2d=torch.add, upfirdn2d_supports=torch.sub)
-    monkeypatch.setitem(sys.modules, "clone_fast._C", extension)
-    assert dispatch.leaf("upfirdn2d", "cuda") == Leaf(torch.sub, torch.add)
-    assert dispatch.leaf("bias_act", "cuda") == "clone_fast._C has no kernel of bias_act"
+def test_cuda_leaves_need_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "clone_fast._C", package("clone_fast._C"))
+    name = "clone_fast.cuda.upfirdn2d"
+    monkeypatch.setitem(sys.modules, name, package(name, launch=torch.add))
+    found = dispatch.leaf("upfirdn2d", "cuda")
+    assert isinstance(found, Leaf)
+    assert found.launch("", X, X).equal(2 * X)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda module: None if "bias_act" in module else module)
+    assert dispatch.leaf("bias_act", "cuda") == "this version has no CUDA kernel of bias_act"
 
 
 @pytest.mark.usefixtures("fresh_leaves")

@@ -26,7 +26,7 @@ def double(*shape: int) -> Tensor:
 
 
 def registered(x: Tensor, y: Tensor, *, levels: int = 6, weights: list[float] | None = None) -> Tensor:
-    return REGISTERED(x, y, levels, [1.0] * levels if weights is None else weights, "reference")
+    return REGISTERED(x, y, levels, [1.0] * levels if weights is None else weights, None, False, "reference")[0]
 
 
 def expected_loss(x: Tensor, y: Tensor, levels: int, weights: list[float] | None = None) -> float:
@@ -214,7 +214,7 @@ def test_y_computed_from_x_is_counted_once() -> None:
 )
 def test_opcheck(layout: str, dtype: torch.dtype) -> None:
     x, y = (as_layout(torch.randn(2, 3, 9, 8).to(dtype), layout).requires_grad_() for _ in range(2))
-    assert_op_check(REGISTERED, (x, y, 2, [1.0, 0.5], "reference"))
+    assert_op_check(REGISTERED, (x, y, 2, [1.0, 0.5], None, False, "reference"))
 
 
 @pytest.mark.parametrize("dynamic_batch", [False, True])

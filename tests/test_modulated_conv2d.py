@@ -19,6 +19,7 @@ from clone_fast.ops.bias_act import ACTIVATIONS
 from clone_fast.reference.convolution import _Convolution, _TransposedConvolution
 
 REGISTERED = torch.ops.clone_fast.modulated_conv2d.default
+WEIGHTS = torch.ops.clone_fast.modulated_weights.default
 FILTER = setup_filter([1, 3, 3, 1])
 RESAMPLING = [(1, 1), (2, 1), (1, 2)]
 TENSORS = ["x", "weight", "styles", "noise", "noise_strength", "bias"]
@@ -59,8 +60,10 @@ def registered(
     eps: float = 1e-8,
 ) -> Tensor:
     gain = ACTIVATIONS[act].gain if gain is None else gain
-    tensors = (x, weight, styles, noise, noise_strength, bias, resample_filter)
-    return REGISTERED(*tensors, up, down, demodulate, act, gain, clamp, eps, "reference")
+    if styles is not None:
+        weight = WEIGHTS(weight, styles, demodulate, eps, x.dtype, "reference")
+    tensors = (x, weight, noise, noise_strength, bias, resample_filter)
+    return REGISTERED(*tensors, up, down, act, gain, clamp, "reference")
 
 
 def expected(
@@ -342,19 +345,27 @@ def test_convolutions_whose_second_derivative_is_fast(stride: int, padding: int,
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 @pytest.mark.parametrize(("up", "down"), RESAMPLING)
-def test_opcheck(layout: str, up: int, down: int) -> None:
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_opcheck(layout: str, up: int, down: int, per_sample: bool) -> None:
     args = inputs(up=up, down=down)
-    tensors = [args[name].float() for name in TENSORS]
+    if per_sample:
+        args["weight"] = args["weight"] * args["styles"][:, None, :, None, None]
+    tensors = [args[name].float() for name in TENSORS if name != "styles"]
     tensors[0] = as_layout(tensors[0], layout)
     tensors = [tensor.requires_grad_() for tensor in tensors]
-    rest = (args["resample_filter"], up, down, True, "lrelu", 1.4, 1.0, 1e-8, "reference")
-    assert_op_check(REGISTERED, (*tensors, *rest))
+    assert_op_check(REGISTERED, (*tensors, args["resample_filter"], up, down, "lrelu", 1.4, 1.0, "reference"))
 
 
 def test_opcheck_of_the_plain_convolution() -> None:
     x, weight = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(4, 3, 1, 1)
-    nothing = (None,) * 5
-    assert_op_check(REGISTERED, (x, weight, *nothing, 1, 1, False, "linear", 1.0, None, 1e-8, "reference"))
+    assert_op_check(REGISTERED, (x, weight, None, None, None, None, 1, 1, "linear", 1.0, None, "reference"))
+
+
+@pytest.mark.parametrize("demodulate", [True, False])
+@pytest.mark.parametrize("shape", [[4, 3, 3, 3], [2, 4, 3, 3, 3]], ids=str)
+def test_opcheck_of_the_weights(shape: list[int], demodulate: bool) -> None:
+    weight, styles = torch.randn(shape, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    assert_op_check(WEIGHTS, (weight, styles, demodulate, 1e-8, torch.bfloat16, "reference"))
 
 
 @pytest.mark.parametrize("dynamic_batch", [False, True])
@@ -410,15 +421,19 @@ PLAIN: dict[str, Any] = {"styles": None, "demodulate": False}
             "the result must have fewer than 2^31 elements, got [2, 5, 16384, 16384]",
             {"x": torch.empty(1).expand(2, 3, 2**14, 2**14)},
         ),
-        (TypeError, "weight must be a floating-point tensor [O, 3, k, k], got NoneType", {"weight": None}),
         (
             TypeError,
-            "weight must be a floating-point tensor [O, 3, k, k], got int64 [5, 3, 3, 3]",
+            "weight must be a floating-point tensor [O, 3, k, k] or [2, O, 3, k, k], got NoneType",
+            {"weight": None},
+        ),
+        (
+            TypeError,
+            "weight must be a floating-point tensor [O, 3, k, k] or [2, O, 3, k, k], got int64 [5, 3, 3, 3]",
             {"weight": W.long()},
         ),
         (
             ValueError,
-            "weight must be [O, 3, k, k], got float32 [5, 4, 3, 3]",
+            "weight must be [O, 3, k, k] or [2, O, 3, k, k], got float32 [5, 4, 3, 3]",
             {"weight": torch.zeros(5, 4, 3, 3)},
         ),
         (
@@ -431,7 +446,11 @@ PLAIN: dict[str, Any] = {"styles": None, "demodulate": False}
             "weight must be [O, 3, k, k] with odd k, got float32 [5, 3, 2, 2]",
             {"weight": torch.zeros(5, 3, 2, 2)},
         ),
-        (ValueError, "weight must be [O, 3, k, k], got float32 [5, 3]", {"weight": torch.zeros(5, 3)}),
+        (
+            ValueError,
+            "weight must be [O, 3, k, k] or [2, O, 3, k, k], got float32 [5, 3]",
+            {"weight": torch.zeros(5, 3)},
+        ),
         (ValueError, "weight must be [O, 3, k, k] with odd k, got float32 [0, 3, 3, 3]", {"weight": W[:0]}),
         (ValueError, "weight must be on cpu as x is, got meta", {"weight": W.to("meta")}),
         (TypeError, "styles must be a floating-point tensor [2, 3], got list", {"styles": [[1.0] * 3] * 2}),

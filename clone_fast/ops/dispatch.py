@@ -1,12 +1,12 @@
 """Which backend runs an op: asked for per call, by `with backend(...)`, by CLONE_FAST_BACKEND, in that order.
 
-A backend that was asked for by name runs or raises with the reason. "auto" takes the fastest that accepts the call and
-warns once for each reason for which it passed one over; CLONE_FAST_STRICT=1 turns that warning into an error.
+A backend that was asked for by name runs or raises with the reason. "auto" takes the fastest that accepts the call;
+where none does it falls back to the reference and warns once for each reason; CLONE_FAST_STRICT=1 makes that an error.
 
-A leaf is found by name: `clone_fast.kernels.<op>` for triton, `<op>` in `clone_fast._C` for cuda. It offers two
-functions, `supports(*args) -> str | None` (the reason why not) and `launch(*args) -> Tensor`; for triton both are in
-the module of the op, for cuda the extension offers `<op>_supports` and `<op>`. Arguments are those of the op's schema
-without the backend. A backward of its own goes by the names `supports_backward` and `launch_backward`.
+A leaf is a module found by name, `clone_fast.kernels.<op>` for triton and `clone_fast.cuda.<op>` for cuda, the latter
+with the extension `clone_fast._C` below it. It offers `supports(*args) -> str | None` (the reason why not) and
+`launch(*args)` with the arguments of the op's schema without the backend. What a gradient needs goes by the names
+`supports_<step>` and `launch_<step>`, the former optional; a step that a leaf lacks is done by the next that has it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -38,10 +38,22 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class Leaf:
-    """The launch functions of one op on one backend."""
+    """One op on one backend: what it can do, and its launch functions."""
 
-    supports: Callable[..., str | None]
-    launch: Callable[..., Tensor]
+    functions: Any  # the module
+
+    def why_not(self, step: str, args: tuple[Any, ...]) -> str | None:
+        """The reason why this leaf cannot launch a step ("" is the op itself) with these arguments."""
+        suffix = f"_{step}" if step else ""
+        if not hasattr(self.functions, f"launch{suffix}"):
+            return f"it has no {step or 'launch'}"
+        supports = getattr(self.functions, f"supports{suffix}", None)
+        reason: str | None = supports(*args) if supports is not None else None
+        return reason
+
+    def launch(self, step: str, *args: Any) -> Any:
+        """Run a step ("" is the op itself)."""
+        return getattr(self.functions, f"launch_{step}" if step else "launch")(*args)
 
 
 def _checked(name: str) -> str:
@@ -77,15 +89,13 @@ def leaf(op: str, name: str) -> Leaf | str:
             return "clone_fast.kernels is not installed"
         if importlib.util.find_spec(f"clone_fast.kernels.{op}") is None:
             return f"this version has no Triton kernel of {op}"
-        module = importlib.import_module(f"clone_fast.kernels.{op}")
-        return Leaf(module.supports, module.launch)
+        return Leaf(importlib.import_module(f"clone_fast.kernels.{op}"))
     if name == "cuda":
         if importlib.util.find_spec("clone_fast._C") is None:
             return "this installation was built without the CUDA extension clone_fast._C"
-        extension = importlib.import_module("clone_fast._C")
-        if not hasattr(extension, op):
-            return f"clone_fast._C has no kernel of {op}"
-        return Leaf(getattr(extension, f"{op}_supports"), getattr(extension, op))
+        if importlib.util.find_spec(f"clone_fast.cuda.{op}") is None:
+            return f"this version has no CUDA kernel of {op}"
+        return Leaf(importlib.import_module(f"clone_fast.cuda.{op}"))
     raise ValueError(f"no leaves on backend {name!r}")
 
 
@@ -107,7 +117,7 @@ def _why_not(op: str, name: str, x: Tensor, args: tuple[Any, ...]) -> str | None
         return found
     if not x.is_cuda:
         return f"{name} runs on CUDA tensors, x is on {x.device}"
-    return found.supports(x, *args)
+    return found.why_not("", (x, *args))
 
 
 def resolve(op: str, requested: str, x: Tensor, *args: Any) -> str:
@@ -129,17 +139,36 @@ def resolve(op: str, requested: str, x: Tensor, *args: Any) -> str:
         return name
     if not x.is_cuda:
         return "reference"
+    reasons = []
     for candidate in _candidates(op):
         reason = _why_not(op, candidate, x, args)
         if reason is None:
             return candidate
-        _report_fallback(f"{op}: backend {candidate!r} was passed over: {reason}")
+        reasons.append(f"{candidate}: {reason}")
+    if reasons:
+        _report_fallback(f"{op}: fell back to the reference ({'; '.join(reasons)})")
     return "reference"
+
+
+def launch_step(op: str, step: str, backend: str, *args: Any) -> Any:
+    """Run a step of an op on the leaf of this backend or, where that lacks it, on the best other leaf that has it.
+
+    Raises:
+        BackendError: no leaf of this installation can.
+    """
+    reasons = []
+    for name in (backend, *(other for other in PREFERENCE if other != backend)):
+        found = leaf(op, name)
+        reason = found if isinstance(found, str) else found.why_not(step, args)
+        if not isinstance(found, str) and reason is None:
+            return found.launch(step, *args)
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(f"{op}: no backend runs its step {step!r} ({'; '.join(reasons)})")
 
 
 def _report_fallback(message: str) -> None:
     if os.environ.get("CLONE_FAST_STRICT") == "1":
-        raise BackendError(f"{message} (CLONE_FAST_STRICT=1 forbids the fallback)")
+        raise BackendError(f"{message}; CLONE_FAST_STRICT=1 forbids that")
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)

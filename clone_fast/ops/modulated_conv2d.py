@@ -1,7 +1,15 @@
-"""modulated_conv2d: StyleGAN2's convolutions with everything around them, as one op."""
+"""modulated_conv2d: StyleGAN2's convolutions with everything around them, as one op.
+
+On a fast backend it is two launches: `modulated_weights`, tiny, gives every sample its weights; the registered op
+convolves with finished weights, shared or per sample, and does all the rest.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from clone_fast.ops.checks import (
@@ -13,63 +21,179 @@ from clone_fast.ops.checks import (
     check_tensor,
     describe,
 )
-from clone_fast.ops.dispatch import resolve
-from clone_fast.ops.registration import define, empty_result
+from clone_fast.ops.convolution_gradients import convolution_gradients
+from clone_fast.ops.dispatch import launch_step, leaf, resolve
+from clone_fast.ops.registration import (
+    Recorded,
+    as_result,
+    composite_gradients,
+    empty_result,
+    register,
+    without_autocast,
+)
 from clone_fast.reference import modulated_conv2d as spec
 from clone_fast.reference.bias_act import ACTIVATIONS, activation_defaults
 
 __all__ = ["modulated_conv2d"]
 
+_CONV = (
+    "Tensor x, Tensor weight, Tensor? noise, Tensor? noise_strength, Tensor? bias, Tensor? resample_filter, "
+    "int up, int down, str act, float gain, float? clamp"
+)
+
 
 def _reference(
     x: Tensor,
     weight: Tensor,
-    styles: Tensor | None,
     noise: Tensor | None,
     noise_strength: Tensor | None,
     bias: Tensor | None,
     resample_filter: Tensor | None,
     up: int,
     down: int,
-    demodulate: bool,
     act: str,
     gain: float,
     clamp: float | None,
-    eps: float,
 ) -> Tensor:
+    """On finished weights."""
     return spec.modulated_conv2d(
         x,
         weight,
-        styles,
+        demodulate=False,
         up=up,
         down=down,
         resample_filter=resample_filter,
-        demodulate=demodulate,
         noise=noise,
         noise_strength=noise_strength,
         bias=bias,
         act=act,
         gain=gain,
         clamp=clamp,
-        eps=eps,
     )
 
 
-def _fake(x: Tensor, weight: Tensor, *args: object) -> Tensor:
-    up, down = args[5], args[6]
-    height, width = (size * up // down for size in x.shape[2:])  # type: ignore[operator]
-    return empty_result(x, [x.shape[0], weight.shape[0], height, width])
+def _run(backend: str, x: Tensor, *args: Any) -> Tensor:
+    if backend == "reference":
+        return as_result(_reference(x, *args), x)
+    y: Tensor = launch_step("modulated_conv2d", "", backend, x, *args)
+    return y
 
 
-_op = define(
+def _fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    up, down = args[4], args[5]
+    height, width = (size * up // down for size in x.shape[2:])
+    return empty_result(x, [x.shape[0], weight.shape[-4], height, width])
+
+
+def _run_backward(backend: str, dy: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Gradients to x, weight, noise, noise_strength and bias; an empty tensor where none is wanted."""
+    *inputs, wanted = args
+    found = convolution_gradients(backend, dy, y, *args)
+    return tuple(_like(found[i], inputs[i]) if wanted[i] else dy.new_empty([0]) for i in range(5))
+
+
+def _like(grad: Tensor | None, value: Tensor) -> Tensor:
+    """A gradient in the dtype and the memory order of what it is of."""
+    out = torch.empty_like(value)
+    if grad is None:
+        return out.zero_()
+    same = grad.dtype == out.dtype and grad.stride() == out.stride()
+    return grad if same else out.copy_(grad)
+
+
+def _fake_backward(dy: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *inputs, wanted = args
+    return tuple(torch.empty_like(inputs[i]) if wanted[i] else dy.new_empty([0]) for i in range(5))
+
+
+def _gradients(recorded: Recorded, grads: list[Tensor], wanted: list[int]) -> Sequence[Tensor | None]:
+    """By kernels of its own; where it shall be differentiable again, by a composite of differentiable ops."""
+    if torch.is_grad_enabled() or recorded.backend == "reference":
+        return composite_gradients(_reference, recorded.args, wanted, grads[0])
+    found = _backward_op(grads[0], *recorded.results, *recorded.args, [i in wanted for i in range(5)], recorded.backend)
+    return [found[i] for i in wanted]
+
+
+_op = register(
     "modulated_conv2d",
-    "(Tensor x, Tensor weight, Tensor? styles, Tensor? noise, Tensor? noise_strength, Tensor? bias, "
-    "Tensor? resample_filter, int up, int down, bool demodulate, str act, float gain, float? clamp, float eps) "
-    "-> Tensor",
-    reference=_reference,
+    f"({_CONV}) -> Tensor",
+    run=_run,
     fake=_fake,
-    differentiable=[0, 1, 2, 3, 4, 5],
+    gradients=_gradients,
+    differentiable=[0, 1, 2, 3, 4],
+    keep_results=True,
 )
+_backward_op = register(
+    "modulated_conv2d_backward",
+    f"(Tensor dy, Tensor y, {_CONV}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    run=_run_backward,
+    fake=_fake_backward,
+)
+
+
+def _empty_weights(weight: Tensor, styles: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, O, I, k, k] in the memory order [N, k, k, O, I] that the convolutions read."""
+    *_, o, i, k, _ = weight.shape
+    return weight.new_empty([styles.shape[0], k, k, o, i], dtype=dtype).permute(0, 3, 4, 1, 2)
+
+
+def _weights_reference(weight: Tensor, styles: Tensor, demodulate: bool, eps: float, dtype: torch.dtype) -> Tensor:
+    return spec.modulated_weights(weight, styles, demodulate=demodulate, eps=eps, dtype=dtype)
+
+
+def _run_weights(backend: str, weight: Tensor, styles: Tensor, *options: Any) -> Tensor:
+    if backend == "reference":
+        return _empty_weights(weight, styles, options[-1]).copy_(_weights_reference(weight, styles, *options))
+    made: Tensor = launch_step("modulated_conv2d", "modulate", backend, weight, styles, *options)
+    return made
+
+
+def _run_weights_backward(
+    backend: str, dw: Tensor, weight: Tensor, styles: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    dweight, dstyles = launch_step("modulated_conv2d", "modulate_backward", backend, dw, weight, styles, *options)
+    return _like(dweight, weight), _like(dstyles, styles)
+
+
+def _weights_gradients(recorded: Recorded, grads: list[Tensor], wanted: list[int]) -> Sequence[Tensor | None]:
+    if torch.is_grad_enabled() or recorded.backend == "reference":
+        return composite_gradients(_weights_reference, recorded.args, wanted, grads[0])
+    found = _weights_backward_op(grads[0], *recorded.args, recorded.backend)
+    return [found[i] for i in wanted]
+
+
+_WEIGHTS = "Tensor weight, Tensor styles, bool demodulate, float eps, ScalarType dtype"
+_weights_op = register(
+    "modulated_weights",
+    f"({_WEIGHTS}) -> Tensor",
+    run=_run_weights,
+    fake=lambda weight, styles, *options: _empty_weights(weight, styles, options[-1]),
+    gradients=_weights_gradients,
+    differentiable=[0, 1],
+)
+_weights_backward_op = register(
+    "modulated_weights_backward",
+    f"(Tensor dw, {_WEIGHTS}) -> (Tensor, Tensor)",
+    run=_run_weights_backward,
+    fake=lambda dw, weight, styles, *options: (torch.empty_like(weight), torch.empty_like(styles)),
+)
+
+
+def _modulated_weights(weight: Tensor, styles: Tensor, *options: Any) -> Tensor:
+    """By Triton, whatever convolves with them, or by the reference where there is no Triton."""
+    found = leaf("modulated_conv2d", "triton")
+    backend = "reference" if isinstance(found, str) else "triton"
+    made: Tensor = _weights_op(weight, styles, *options, backend)
+    return made
+
+
+@without_autocast
+def _exact(x: Tensor, weight: Tensor, styles: Tensor | None, **options: Any) -> Tensor:
+    return as_result(spec.modulated_conv2d(x, weight, styles, **options), x)
+
+
+def _in_dtype(value: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if value is None else value.to(x.dtype)
 
 
 def modulated_conv2d(
@@ -99,7 +223,7 @@ def modulated_conv2d(
 
     Args:
         x: [N, I, H, W], floating point.
-        weight: [O, I, k, k], k odd, shared over the batch.
+        weight: [O, I, k, k], k odd, shared over the batch; or [N, O, I, k, k], every sample with its own.
         styles: [N, I], the factor of every input channel; None for the plain convolution of a discriminator.
         up, down: 1 or 2, not both 2.
         resample_filter: float32 [fh, fw] or [taps], as of `setup_filter`; needed where up or down is 2.
@@ -125,9 +249,9 @@ def modulated_conv2d(
     op = "modulated_conv2d"
     check_image(op, "x", x)
     n, in_channels, height, width = x.shape
-    check_tensor(op, "weight", weight, x, ["O", in_channels, "k", "k"])
-    out_channels, k = weight.shape[0], weight.shape[2]
-    if out_channels == 0 or k != weight.shape[3] or k % 2 == 0:
+    check_tensor(op, "weight", weight, x, ["O", in_channels, "k", "k"], [n, "O", in_channels, "k", "k"])
+    out_channels, k = weight.shape[-4], weight.shape[-2]
+    if out_channels == 0 or k != weight.shape[-1] or k % 2 == 0:
         raise ValueError(f"{op}: weight must be [O, {in_channels}, k, k] with odd k, got {describe(weight)}")
     if styles is not None:
         check_tensor(op, "styles", styles, x, [n, in_channels])
@@ -152,6 +276,28 @@ def modulated_conv2d(
     check_number(op, "eps", eps)
     _, gain_value = activation_defaults(act, None, gain)
     limit = None if clamp is None else float(clamp)
-    tensors = (weight, styles, noise, noise_strength, bias, resample_filter)
-    args = (*tensors, up, down, demodulate, act, gain_value, limit, float(eps))
-    return _op(resolve(op, backend, x, *args), x, *args)
+    geometry = (resample_filter, up, down, act, gain_value, limit)
+    chosen = resolve(op, backend, x, weight, noise, noise_strength, bias, *geometry)
+    if chosen == "reference":
+        exact: Tensor = _exact(
+            x,
+            weight,
+            styles,
+            up=up,
+            down=down,
+            resample_filter=resample_filter,
+            demodulate=demodulate,
+            noise=noise,
+            noise_strength=noise_strength,
+            bias=bias,
+            act=act,
+            gain=gain_value,
+            clamp=limit,
+            eps=float(eps),
+        )
+        return exact
+    if styles is not None:
+        weight = _modulated_weights(weight, styles, demodulate, float(eps), x.dtype)
+    tensors = (_in_dtype(value, x) for value in (weight, noise, noise_strength, bias))
+    y: Tensor = _op(x, *tensors, *geometry, chosen)
+    return y

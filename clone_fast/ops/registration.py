@@ -1,20 +1,20 @@
 """How an op becomes known to PyTorch: schema, kernels, fake and autograd, once for every backend.
 
 Every op is functional and takes the resolved backend as its last argument, a str, so that the choice stands in a
-compiled graph and the backward uses the same one. The implementation for "reference" is the specification itself; the
-others are the leaves that `clone_fast.ops.dispatch` finds.
+compiled graph and the backward uses the same one. Below "reference" lies the specification itself; below the other
+names lie the leaves that `clone_fast.ops.dispatch` finds. A gradient with a kernel of its own is an op of its own,
+registered the same way, so that it stands in a compiled graph too.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from clone_fast.ops.dispatch import leaf
 
 LIBRARY = torch.library.Library("clone_fast", "DEF")
 
@@ -23,12 +23,12 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function of (x, ...), computed in the dtypes of its arguments whatever autocast would make of them."""
 
     @functools.wraps(function)
-    def exact(x: Tensor, *args: Any) -> Any:
+    def exact(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         kind = x.device.type
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            return function(x, *args)
+            return function(x, *args, **kwargs)
         with torch.autocast(device_type=kind, enabled=False):
-            return function(x, *args)
+            return function(x, *args, **kwargs)
 
     return exact
 
@@ -45,8 +45,13 @@ def empty_result(x: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
 
 
+def as_result(y: Tensor, x: Tensor) -> Tensor:
+    """y in the layout that the op promises for x."""
+    return y.contiguous(memory_format=layout_of(x)) if y.ndim == x.ndim else y
+
+
 def composite_gradients(
-    function: Callable[..., Tensor], args: Sequence[Any], wanted: Sequence[int], dy: Tensor
+    function: Callable[..., Any], args: Sequence[Any], wanted: Sequence[int], grads: Tensor | Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Gradients of function(*args) to args[i] for i in wanted, differentiable again under create_graph.
 
@@ -60,78 +65,105 @@ def composite_gradients(
             aliased[i] = args[i].view_as(args[i]) if args[i].requires_grad else args[i].detach().requires_grad_()
         y = function(*aliased)
         found = torch.autograd.grad(
-            y, [aliased[i] for i in wanted], dy, create_graph=differentiable_again, allow_unused=True
+            y, [aliased[i] for i in wanted], grads, create_graph=differentiable_again, allow_unused=True
         )
     return list(found)
 
 
-def define(
+@dataclass(frozen=True)
+class Outline:
+    """What is left of a tensor that the backward does not need."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the backward of an op knows of its forward."""
+
+    args: tuple[Any, ...]  # without the backend; an Outline where a tensor was not kept
+    results: tuple[Tensor, ...]  # () unless they were to be kept
+    backend: str
+
+
+Gradients = Callable[[Recorded, list[Tensor], list[int]], Sequence["Tensor | None"]]
+
+
+def register(
     name: str,
     schema: str,
     *,
-    reference: Callable[..., Tensor],
-    fake: Callable[..., Tensor],
-    differentiable: Sequence[int],
-) -> Callable[..., Tensor]:
-    """Register `clone_fast::<name>` and return a function (backend, *args) that runs it.
-
-    On "reference" that function is the specification itself, with PyTorch's own autograd; on any other backend it is
-    the registered op. `torch.ops.clone_fast.<name>` runs all of them as a registered op.
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    gradients: Gradients | None = None,
+    differentiable: Sequence[int] = (),
+    dropped: Sequence[int] = (),
+    keep_results: bool = False,
+) -> Callable[..., Any]:
+    """Register `clone_fast::<name>` and return it, taking (*args, backend).
 
     Args:
-        name: of the op, as on every other floor.
-        schema: arguments and result without the backend, e.g. "(Tensor x, Tensor f, int[] up) -> Tensor".
-        reference: the specification, taking the schema's arguments by position.
-        fake: an empty result from fake inputs, taking the same; see `empty_result`.
+        name: of the op.
+        schema: arguments and results without the backend, e.g. "(Tensor x, Tensor f, int[] up) -> Tensor".
+        run: (backend, *args) -> results, new tensors; called with autocast off and x's device current.
+        fake: (*args) -> empty results.
+        gradients: (recorded, gradients of the results, positions wanted) -> a gradient or None for each position. With
+            grad mode on, what it returns must be differentiable again, or it must raise. None: no gradient.
         differentiable: positions of the tensor arguments that may want a gradient.
+        dropped: positions of tensor arguments whose values the gradients do not need.
+        keep_results: whether the gradients need the results.
     """
-    before, after = schema.split(")")
-    LIBRARY.define(f"{name}{before}, str backend){after}")
+    before, after = schema.split(") -> ")
+    LIBRARY.define(f"{name}{before}, str backend) -> {after}")
     qualified = f"clone_fast::{name}"
 
     @without_autocast
-    def exact(*args: Any) -> Tensor:
-        y = reference(*args)
-        return y.contiguous(memory_format=layout_of(args[0])) if y.ndim == args[0].ndim else y
+    def implementation(*args: Any) -> Any:
+        *inputs, backend = args
+        if inputs[0].is_cuda and inputs[0].device.index != torch.cuda.current_device():
+            with torch.cuda.device(inputs[0].device):
+                return run(backend, *inputs)
+        return run(backend, *inputs)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        results = output if isinstance(output, tuple) else (output,)
+        kept: list[Tensor] = list(results) if keep_results else []
+        ctx.results = len(kept)
+        ctx.args = []
+        for i, value in enumerate(inputs):
+            if isinstance(value, Tensor) and i not in dropped:
+                ctx.args.append(len(kept))
+                kept.append(value)
+            elif isinstance(value, Tensor):
+                ctx.args.append(Outline(value.shape, value.dtype, value.device))
+            else:
+                ctx.args.append((value,))
+        ctx.save_for_backward(*kept)
 
     @without_autocast
-    def gradients(dy: Tensor, inputs: Sequence[Any], wanted: Sequence[int]) -> list[Tensor | None]:
-        return composite_gradients(reference, inputs, wanted, dy)
+    def evaluate(_: Tensor, recorded: Recorded, grads: list[Tensor], wanted: list[int]) -> Sequence[Tensor | None]:
+        if gradients is None:
+            raise NotImplementedError(f"clone_fast::{name} has no gradient")
+        return gradients(recorded, grads, wanted)
 
-    def run(*args: Any) -> Tensor:
-        *inputs, backend = args
-        if backend == "reference":
-            y: Tensor = exact(*inputs)
-            return y
-        found = leaf(name, backend)
-        if isinstance(found, str):
-            raise NotImplementedError(f"{name}: {found}")
-        return found.launch(*inputs)
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-        ctx.save_for_backward(*[value for value in inputs if isinstance(value, Tensor)])
-        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = iter(ctx.saved_tensors)
-        inputs = [
-            next(tensors) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
-        ]
-        grads: list[Tensor | None] = [None] * len(inputs)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors
+        *args, backend = (
+            kept[value] if isinstance(value, int) else value[0] if isinstance(value, tuple) else value
+            for value in ctx.args
+        )
+        recorded = Recorded(tuple(args), tuple(kept[: ctx.results]), backend)
         wanted = [i for i in differentiable if ctx.needs_input_grad[i]]
-        for i, grad in zip(wanted, gradients(dy, inputs[:-1], wanted), strict=True):
-            grads[i] = grad
-        return tuple(grads)
+        found: list[Tensor | None] = [None] * (len(args) + 1)
+        for i, grad in zip(wanted, evaluate(grads[0], recorded, list(grads), wanted), strict=True):
+            found[i] = grad
+        return tuple(found)
 
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run, key)
+        LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(qualified, lambda *args: fake(*args[:-1]), lib=LIBRARY)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
-    op = getattr(torch.ops.clone_fast, name).default
-
-    def call(backend: str, *args: Any) -> Tensor:
-        y: Tensor = exact(*args) if backend == "reference" else op(*args, backend)
-        return y
-
-    return call
+    op: Callable[..., Any] = getattr(torch.ops.clone_fast, name).default
+    return op

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from clone_fast.ops.checks import check_filter, check_image, check_number, check_result, describe
-from clone_fast.ops.dispatch import resolve
-from clone_fast.ops.registration import define, empty_result
+from clone_fast.ops.dispatch import launch_step, resolve
+from clone_fast.ops.registration import Recorded, as_result, empty_result, register, without_autocast
 from clone_fast.reference import upfirdn2d as spec
 from clone_fast.reference.upfirdn2d import Pair, setup_filter
 
 __all__ = ["downsample2d", "filter2d", "setup_filter", "upfirdn2d", "upsample2d"]
 
 
-def _reference(
+def _run(backend: str, x: Tensor, *args: Any) -> Tensor:
+    y: Tensor = _exact(x, *args) if backend == "reference" else launch_step("upfirdn2d", "", backend, x, *args)
+    return y
+
+
+@without_autocast
+def _exact(
     x: Tensor, f: Tensor, up: list[int], down: list[int], padding: list[int], flip_filter: bool, gain: float
 ) -> Tensor:
-    return spec.upfirdn2d(x, f, up=up, down=down, padding=padding, flip_filter=flip_filter, gain=gain)
+    y = spec.upfirdn2d(x, f, up=up, down=down, padding=padding, flip_filter=flip_filter, gain=gain)
+    return as_result(y, x)
 
 
 def _output_size(x: Tensor, f: Tensor, up: list[int], down: list[int], padding: list[int]) -> tuple[int, int]:
@@ -35,12 +43,34 @@ def _fake(
     return empty_result(x, [x.shape[0], x.shape[1], *_output_size(x, f, up, down, padding)])
 
 
-_op = define(
+def adjoint(
+    size: Sequence[int], result: Sequence[int], f: Tensor, up: list[int], down: list[int], padding: list[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """(up, down, padding) with which the op, its filter flipped, takes gradients [*result] back to [*size] (y, x)."""
+    (fw, fh), (x0, _, y0, _) = spec.filter_size(f), padding
+    pads = []
+    for axis, taps, before in ((1, fw, x0), (0, fh, y0)):
+        u, d = up[1 - axis], down[1 - axis]  # up and down are x, y
+        # so that size * u of the zero-filled image are left, of which every u-th is wanted
+        pads += [taps - before - 1, size[axis] * u - result[axis] * d + before - u + 1]
+    return down, up, pads
+
+
+def _gradients(recorded: Recorded, grads: list[Tensor], wanted: list[int]) -> list[Tensor | None]:
+    """The op is linear, and its adjoint is the same op: so its gradients are differentiable as often as wanted."""
+    x, f, up, down, padding, flip_filter, gain = recorded.args
+    others = adjoint(x.shape[2:], grads[0].shape[2:], f, up, down, padding)
+    return [_op(grads[0], f, *others, not flip_filter, gain, recorded.backend) for _ in wanted]
+
+
+_op = register(
     "upfirdn2d",
     "(Tensor x, Tensor f, int[] up, int[] down, int[] padding, bool flip_filter, float gain) -> Tensor",
-    reference=_reference,
+    run=_run,
     fake=_fake,
+    gradients=_gradients,
     differentiable=[0],
+    dropped=[0],
 )
 
 
@@ -90,7 +120,9 @@ def upfirdn2d(
         )
     check_number("upfirdn2d", "gain", gain)
     args = (f, up_xy, down_xy, pads, bool(flip_filter), float(gain))
-    return _op(resolve("upfirdn2d", backend, x, *args), x, *args)
+    chosen = resolve("upfirdn2d", backend, x, *args)
+    y: Tensor = _exact(x, *args) if chosen == "reference" else _op(x, *args, chosen)
+    return y
 
 
 def filter2d(

@@ -49,7 +49,29 @@ def laplacian_pyramid(x: Tensor, levels: int = 6) -> list[Tensor]:
     return [*bands, current.to(x.dtype)]
 
 
-def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 6, weights: Sequence[float] | None = None) -> Tensor:
+def distance(d: Tensor, charbonnier: float | None) -> Tensor:
+    """|d|, or sqrt(d^2 + charbonnier^2) (Charbonnier et al. 1994; Lai et al. 2017, LapSRN), elementwise."""
+    return d.abs() if charbonnier is None else (d.square() + charbonnier**2).sqrt()
+
+
+def distance(x: Tensor, charbonnier: float | None) -> Tensor:
+    """|x|, or smooth at zero sqrt(x^2 + eps^2) with eps = charbonnier.
+
+    Charbonnier et al., "Two deterministic half-quadratic regularization algorithms for computed imaging", ICIP 1994; over
+    the levels of a pyramid by Lai et al., "Deep Laplacian pyramid networks for fast and accurate super-resolution",
+    CVPR 2017.
+    """
+    return x.abs() if charbonnier is None else (x.square() + charbonnier**2).sqrt()
+
+
+def laplacian_pyramid_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    levels: int = 6,
+    weights: Sequence[float] | None = None,
+    charbonnier: float | None = None,
+) -> Tensor:
     """See `clone_fast.ops.laplacian_pyramid.laplacian_pyramid_loss`.
 
     The pyramid is linear, so the bands of the difference are the differences of the bands, at half the cost.
@@ -57,4 +79,5 @@ def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 6, weights: Se
     compute = torch.promote_types(x.dtype, torch.float32)
     bands = laplacian_pyramid(x.to(compute) - y.to(compute), levels=levels)
     factors = [1.0] * levels if weights is None else weights
-    return torch.stack([band.abs().mean() * factor for band, factor in zip(bands, factors, strict=True)]).sum()
+    terms = [distance(band, charbonnier).mean() * factor for band, factor in zip(bands, factors, strict=True)]
+    return torch.stack(terms).sum()

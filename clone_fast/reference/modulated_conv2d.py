@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clone_fast.reference.bias_act import bias_act
@@ -10,33 +11,80 @@ from clone_fast.reference.convolution import conv2d, conv_transpose2d
 from clone_fast.reference.upfirdn2d import filter_size, upfirdn2d
 
 
-def demodulation(weight: Tensor, styles: Tensor, eps: float) -> Tensor:
+def demodulation(weight: Tensor, styles: Tensor, eps: float | Tensor) -> Tensor:
     """Factors [N, O] that bring the modulated weights of every output channel to unit norm (StyleGAN2, eq. 3)."""
-    energy = weight.square().sum(dim=[2, 3])  # [O, I]
-    return (styles.square() @ energy.t() + eps).rsqrt()
+    energy = weight.square().sum(dim=[-2, -1])  # [O, I] or [N, O, I]
+    return ((energy @ styles.square()[:, :, None])[:, :, 0] + eps).rsqrt()
+
+
+def modulated_weights(weight: Tensor, styles: Tensor, *, demodulate: bool, eps: float, dtype: torch.dtype) -> Tensor:
+    """The weights of every sample, [N, O, I, k, k] of `dtype`: weight * style, brought to unit norm (StyleGAN2, 2.2).
+
+    Convolving with them is what scaling the activations before and after a shared convolution is. They are rounded
+    once. For float16 eps counts as in `modulated_conv2d`, which normalises weights and styles first.
+
+    Args:
+        weight: [O, I, k, k], or [N, O, I, k, k] where every sample has its own.
+        styles: [N, I].
+    """
+    compute = torch.promote_types(
+        torch.promote_types(weight.dtype, styles.dtype), torch.promote_types(dtype, torch.float32)
+    )
+    weight, styles = weight.to(compute), styles.to(compute)
+    modulated = weight * styles[:, None, :, None, None]
+    if demodulate:
+        inside: float | Tensor = eps
+        if dtype == torch.float16:
+            largest = weight.detach().abs().amax(dim=[-3, -2, -1]) * styles.detach().abs().amax(dim=1, keepdim=True)
+            inside = eps * (weight.shape[-3] * weight.shape[-1] ** 2) * largest.square()
+        modulated = modulated * demodulation(weight, styles, inside)[:, :, None, None, None]
+    return modulated.to(dtype)
+
+
+def _conv(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0, transposed: bool = False) -> Tensor:
+    """Correlate with weight [O, I, k, k], or [N, O, I, k, k] with every sample's own; or the adjoint of that stride."""
+    if weight.ndim == 4:
+        if transposed:
+            return conv_transpose2d(x, weight.transpose(0, 1), stride=stride)
+        return conv2d(x, weight, stride=stride, padding=padding)
+    n, groups = x.shape[0], x.reshape(1, -1, *x.shape[2:])
+    if transposed:
+        y = F.conv_transpose2d(groups, weight.transpose(1, 2).flatten(0, 1), stride=stride, groups=n)
+    else:
+        y = F.conv2d(groups, weight.flatten(0, 1), stride=stride, padding=padding, groups=n)
+    return y.reshape(n, -1, *y.shape[2:])
+
+
+def upsampling_padding(f: Tensor, k: int) -> list[int]:
+    """Of the FIR [x0, x1, y0, y1] behind a transposed convolution with stride 2 and kernel k, to twice the size."""
+    return [
+        p for taps in filter_size(f) for p in ((taps + 1) // 2 + k // 2 - (k - 1), taps // 2 - 1 + k // 2 - (k - 2))
+    ]
+
+
+def downsampling_padding(f: Tensor, k: int) -> list[int]:
+    """Of the FIR [x0, x1, y0, y1] before a convolution with stride 2 and kernel k, to half the size."""
+    return [p + k // 2 for taps in filter_size(f) for p in ((taps - 1) // 2, taps // 2 - 1)]
 
 
 def resampled_conv2d(x: Tensor, weight: Tensor, *, up: int, down: int, f: Tensor | None) -> Tensor:
-    """Correlate with weight [O, I, k, k], same size but for a resampling by 2 that is filtered with f.
+    """Correlate with weight [(N,) O, I, k, k], same size but for a resampling by 2 that is filtered with f.
 
-    up: transposed convolution with stride `up`, then the FIR with gain up^2. down: the FIR, then a convolution with
-    stride `down`; a 1x1 kernel decimates inside the FIR, which is the same and costs a quarter.
+    up: transposed convolution with stride 2, then the FIR with gain 4. down: the FIR, then a convolution with stride 2;
+    a 1x1 kernel decimates inside the FIR, which is the same and costs a quarter.
     """
     k = weight.shape[-1]
     if up == 1 and down == 1:
-        return conv2d(x, weight, padding=k // 2)
+        return _conv(x, weight, padding=k // 2)
     if f is None:
         f = torch.ones([1, 1], device=x.device)
-    fw, fh = filter_size(f)
-    if up > 1:
-        y = conv_transpose2d(x, weight.transpose(0, 1), stride=up)
-        px0, px1 = (fw + up - 1) // 2 + k // 2 - (k - 1), (fw - up) // 2 + k // 2 - (k - up)
-        py0, py1 = (fh + up - 1) // 2 + k // 2 - (k - 1), (fh - up) // 2 + k // 2 - (k - up)
-        return upfirdn2d(y, f, padding=[px0, px1, py0, py1], gain=float(up**2))
-    pads = [(fw - down + 1) // 2, (fw - down) // 2, (fh - down + 1) // 2, (fh - down) // 2]
+    if up == 2:
+        y = _conv(x, weight, stride=2, transposed=True)
+        return upfirdn2d(y, f, padding=upsampling_padding(f, k), gain=4.0)
+    padding = downsampling_padding(f, k)
     if k == 1:
-        return conv2d(upfirdn2d(x, f, down=down, padding=pads), weight)
-    return conv2d(upfirdn2d(x, f, padding=[p + k // 2 for p in pads]), weight, stride=down)
+        return _conv(upfirdn2d(x, f, down=2, padding=padding), weight)
+    return _conv(upfirdn2d(x, f, padding=padding), weight, stride=2)
 
 
 def modulated_conv2d(
@@ -58,8 +106,8 @@ def modulated_conv2d(
 ) -> Tensor:
     """See `clone_fast.ops.modulated_conv2d.modulated_conv2d`.
 
-    The weight is shared over the batch: activations are scaled by the style before the convolution and by the
-    demodulation after it, which equals convolving every sample with weights of its own.
+    Activations are scaled by the style before the convolution and by the demodulation after it, which equals convolving
+    every sample with modulated weights of its own.
     """
     scale = None
     if styles is not None:
@@ -67,8 +115,8 @@ def modulated_conv2d(
         weight, styles = weight.to(compute), styles.to(compute)
         if x.dtype == torch.float16 and demodulate:
             # Keeps the intermediate inside float16's range; demodulation cancels both factors again.
-            tiny, fan_in = torch.finfo(compute).tiny, weight[0].numel()
-            weight = weight * (fan_in**-0.5 / weight.abs().amax(dim=[1, 2, 3], keepdim=True).clamp_min(tiny))
+            tiny, fan_in = torch.finfo(compute).tiny, weight.shape[-3] * weight.shape[-1] ** 2
+            weight = weight * (fan_in**-0.5 / weight.abs().amax(dim=[-3, -2, -1], keepdim=True).clamp_min(tiny))
             styles = styles / styles.abs().amax(dim=1, keepdim=True).clamp_min(tiny)
         if demodulate:
             scale = demodulation(weight, styles, eps).to(x.dtype)[:, :, None, None]
