@@ -241,9 +241,9 @@ def test_the_registered_op_says_what_is_missing(leaves: dict[str, str | None]) -
 
 @pytest.fixture
 def fresh_leaves() -> Iterator[None]:
-    dispatch.leaf.cache_clear()
+    dispatch._leaves.clear()
     yield
-    dispatch.leaf.cache_clear()
+    dispatch._leaves.clear()
 
 
 def package(name: str, **contents: Any) -> types.ModuleType:

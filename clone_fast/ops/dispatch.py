@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ PREFERENCE = ("cuda", "triton")  # what "auto" tries before the reference
 
 _scoped: ContextVar[str | None] = ContextVar("clone_fast_backend", default=None)
 _warned: set[str] = set()
+_leaves: dict[tuple[str, str], Leaf | str] = {}
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,15 @@ class Leaf:
 
     def why_not(self, step: str, args: tuple[Any, ...]) -> str | None:
         """The reason why this leaf cannot launch a step ("" is the op itself) with these arguments."""
-        suffix = f"_{step}" if step else ""
-        if not hasattr(self.functions, f"launch{suffix}"):
+        if not self.has(step):
             return f"it has no {step or 'launch'}"
-        supports = getattr(self.functions, f"supports{suffix}", None)
+        supports = getattr(self.functions, f"supports_{step}" if step else "supports", None)
         reason: str | None = supports(*args) if supports is not None else None
         return reason
+
+    def has(self, step: str) -> bool:
+        """Whether the step exists at all."""
+        return hasattr(self.functions, f"launch_{step}" if step else "launch")
 
     def launch(self, step: str, *args: Any) -> Any:
         """Run a step ("" is the op itself)."""
@@ -79,9 +82,7 @@ def backend(name: str) -> Iterator[None]:
         _scoped.reset(token)
 
 
-@cache
-def leaf(op: str, name: str) -> Leaf | str:
-    """The leaf of this op on this backend, or the reason why there is none."""
+def _find(op: str, name: str) -> Leaf | str:
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
@@ -97,6 +98,19 @@ def leaf(op: str, name: str) -> Leaf | str:
             return f"this version has no CUDA kernel of {op}"
         return Leaf(importlib.import_module(f"clone_fast.cuda.{op}"))
     raise ValueError(f"no leaves on backend {name!r}")
+
+
+@torch.compiler.assume_constant_result
+def _load(op: str, name: str) -> None:
+    """Fill the table; a compiler does not look into imports."""
+    if (op, name) not in _leaves:
+        _leaves[op, name] = _find(op, name)
+
+
+def leaf(op: str, name: str) -> Leaf | str:
+    """The leaf of this op on this backend, or the reason why there is none."""
+    _load(op, name)
+    return _leaves[op, name]
 
 
 @torch.compiler.assume_constant_result
@@ -147,6 +161,16 @@ def resolve(op: str, requested: str, x: Tensor, *args: Any) -> str:
         reasons.append(f"{candidate}: {reason}")
     if reasons:
         _report_fallback(f"{op}: fell back to the reference ({'; '.join(reasons)})")
+    return "reference"
+
+
+@torch.compiler.assume_constant_result
+def step_backend(op: str, step: str) -> str:
+    """The first backend whose leaf has a step that runs whatever the arguments are; "reference" where none has."""
+    for name in PREFERENCE:
+        found = leaf(op, name)
+        if not isinstance(found, str) and found.has(step):
+            return name
     return "reference"
 
 

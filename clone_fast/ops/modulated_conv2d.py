@@ -22,7 +22,7 @@ from clone_fast.ops.checks import (
     describe,
 )
 from clone_fast.ops.convolution_gradients import convolution_gradients
-from clone_fast.ops.dispatch import launch_step, leaf, resolve
+from clone_fast.ops.dispatch import launch_step, resolve, step_backend
 from clone_fast.ops.registration import (
     Recorded,
     as_result,
@@ -180,10 +180,8 @@ _weights_backward_op = register(
 
 
 def _modulated_weights(weight: Tensor, styles: Tensor, *options: Any) -> Tensor:
-    """By Triton, whatever convolves with them, or by the reference where there is no Triton."""
-    found = leaf("modulated_conv2d", "triton")
-    backend = "reference" if isinstance(found, str) else "triton"
-    made: Tensor = _weights_op(weight, styles, *options, backend)
+    """By a kernel that any backend may convolve with."""
+    made: Tensor = _weights_op(weight, styles, *options, step_backend("modulated_conv2d", "modulate"))
     return made
 
 

@@ -1,0 +1,211 @@
+"""Leaves in plain PyTorch, to test without a GPU what clone_fast/ops does with leaves.
+
+They offer every step that a fast leaf offers, computed straight from its definition, in any dtype up to float64. GPU
+tests hold the real steps against them.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from clone_fast.ops.registration import as_result
+from clone_fast.reference import bias_act, laplacian_pyramid, modulated_conv2d, upfirdn2d
+from clone_fast.reference.bias_act import ACTIVATIONS
+
+OPTIONS = ("dim", "act", "alpha", "gain", "clamp")
+
+
+def differentiating(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run in a thread of its own: inside an op's implementation PyTorch's autograd is off, and is so per thread."""
+
+    def run(*args: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(function, *args).result()
+
+    return run
+
+
+def _bias_act(x: Tensor, b: Tensor | None, *options: Any) -> Tensor:
+    return bias_act.bias_act(x, b, **dict(zip(OPTIONS, options, strict=True)))
+
+
+@differentiating
+def bias_act_backward(dy: Tensor, x: Tensor, b: Tensor | None, *options: Any) -> tuple[Tensor, Tensor | None]:
+    *options, want_db = options  # type: ignore[assignment]
+    x = x.detach().requires_grad_()
+    (dx,) = torch.autograd.grad(_bias_act(x, None if b is None else b.detach(), *options), x, dy)
+    if b is None or not want_db:
+        return dx, None
+    return dx, dx.movedim(options[0], 0).flatten(1).sum(1) if x.ndim > 1 else dx
+
+
+@differentiating
+def bias_act_second(v: Tensor, dy: Tensor, x: Tensor, b: Tensor | None, *options: Any) -> Tensor:
+    x = x.detach().requires_grad_()
+    y = _bias_act(x, None if b is None else b.detach(), *options)
+    (dx,) = torch.autograd.grad(y, x, dy.detach(), create_graph=True)
+    return torch.autograd.grad(dx, x, v)[0]
+
+
+def _upfirdn2d(x: Tensor, f: Tensor, up: Any, down: Any, padding: Any, flip_filter: bool, gain: float) -> Tensor:
+    return upfirdn2d.upfirdn2d(x, f, up=up, down=down, padding=padding, flip_filter=flip_filter, gain=gain)
+
+
+def _loss(x: Tensor, y: Tensor, levels: int, weights: Sequence[float], charbonnier: float | None) -> Tensor:
+    return laplacian_pyramid.laplacian_pyramid_loss(x, y, levels=levels, weights=weights, charbonnier=charbonnier)
+
+
+@differentiating
+def laplacian_keep(
+    x: Tensor, y: Tensor, levels: int, weights: Sequence[float], charbonnier: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    image = (x.to(compute) - y.to(compute)).detach()
+    coarse = image.new_empty([*x.shape[:2], 0, 0], dtype=torch.float32)
+    if levels > 1:
+        second = laplacian_pyramid.reduce(image).requires_grad_()
+        image = image - laplacian_pyramid.expand(second.detach(), *x.shape[2:])
+        below = _loss(second, torch.zeros_like(second), levels - 1, weights[1:], charbonnier)
+        coarse = torch.autograd.grad(below, second)[0].float()
+    band = image.requires_grad_()
+    (slope,) = torch.autograd.grad(laplacian_pyramid.distance(band, charbonnier).sum(), band)
+    kept = slope.to(torch.int8 if charbonnier is None else compute)
+    return _loss(x, y, levels, weights, charbonnier).detach(), kept, coarse
+
+
+@differentiating
+def laplacian_backward(dloss: Tensor, slope: Tensor, coarse: Tensor, weight: float, x: Tensor) -> Tensor:
+    """d band / d image is the identity less expand(reduce(image)); the second level is reduce(image)."""
+    slopes = slope.to(dloss.dtype) * (dloss * (weight / slope.numel()))
+    if not coarse.numel():
+        return slopes.to(x.dtype)
+    image = torch.zeros_like(slopes, requires_grad=True)
+    second = laplacian_pyramid.reduce(image)
+    parts = [second, laplacian_pyramid.expand(second, *image.shape[2:])]
+    (through,) = torch.autograd.grad(parts, image, [coarse.to(dloss.dtype) * dloss, -slopes])
+    return (slopes + through).to(x.dtype)
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    f: Tensor | None,
+    up: int,
+    down: int,
+    act: str,
+    gain: float,
+    clamp: float | None,
+) -> Tensor:
+    return modulated_conv2d.modulated_conv2d(
+        x,
+        weight,
+        up=up,
+        down=down,
+        resample_filter=f,
+        demodulate=False,
+        noise=noise,
+        noise_strength=noise_strength,
+        bias=bias,
+        act=act,
+        gain=gain,
+        clamp=clamp,
+    )
+
+
+def conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
+    weights = weight if weight.ndim == 5 else weight.expand(x.shape[0], *weight.shape)
+    results = []
+    for sample, w in zip(x.split(1), weights, strict=True):
+        if transposed:
+            results.append(F.conv_transpose2d(sample, w.transpose(0, 1), stride=stride, padding=padding))
+        else:
+            results.append(F.conv2d(sample, w, stride=stride, padding=padding))
+    return torch.cat(results)
+
+
+def wgrad(a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sample: bool) -> Tensor:
+    size = [b.shape[1], a.shape[1], k, k]
+    each = [
+        conv2d_weight(one, size, other, stride=stride, padding=padding)
+        for one, other in zip(a.split(1), b.split(1), strict=True)
+    ]
+    return torch.stack(each) if per_sample else torch.stack(each).sum(0)
+
+
+def act_backward(
+    dy: Tensor,
+    y: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    act: str,
+    gain: float,
+    clamp: float | None,
+    want_noise: bool,
+    want_strength: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    slope = torch.full_like(y, gain)
+    if act != "linear":
+        slope = torch.where(y > 0, slope, slope * ACTIVATIONS[act].alpha)
+    if clamp is not None:
+        slope = torch.where(y.abs() < torch.tensor(clamp, dtype=y.dtype, device=y.device), slope, 0)
+    g = dy * slope
+    strength = 1 if noise_strength is None else noise_strength
+    dnoise = dstrength = None
+    if want_noise and noise is not None:
+        dnoise = (g.sum(1, keepdim=True) * strength).sum_to_size([1] * (4 - noise.ndim) + list(noise.shape))
+        dnoise = dnoise.reshape(noise.shape)
+    if want_strength:
+        dstrength = g.new_zeros([]) if noise is None else (g * noise).sum()
+    return g, dnoise, dstrength, g.sum([0, 2, 3]) if want_bias else None
+
+
+def modulate(weight: Tensor, styles: Tensor, demodulate: bool, eps: float, dtype: torch.dtype) -> Tensor:
+    made = modulated_conv2d.modulated_weights(weight, styles, demodulate=demodulate, eps=eps, dtype=dtype)
+    return made.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+
+
+@differentiating
+def modulate_backward(dw: Tensor, weight: Tensor, styles: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    weight, styles = weight.detach().requires_grad_(), styles.detach().requires_grad_()
+    dweight, dstyles = torch.autograd.grad(modulate(weight, styles, *options), (weight, styles), dw)
+    return dweight, dstyles
+
+
+SPEC: dict[str, dict[str, Callable[..., Any]]] = {
+    "bias_act": {"launch": _bias_act, "launch_backward": bias_act_backward, "launch_second": bias_act_second},
+    "upfirdn2d": {"launch": _upfirdn2d},
+    "laplacian_pyramid": {
+        "launch": _loss,
+        "launch_keep": laplacian_keep,
+        "launch_backward": laplacian_backward,
+    },
+    "modulated_conv2d": {
+        "launch": _convolution,
+        "launch_conv": conv,
+        "launch_wgrad": wgrad,
+        "launch_act_backward": act_backward,
+        "launch_modulate": modulate,
+        "launch_modulate_backward": modulate_backward,
+    },
+}
+
+
+def steps(op: str) -> types.SimpleNamespace:
+    """The leaf of an op."""
+    functions = dict(SPEC[op])
+    if op in ("upfirdn2d", "modulated_conv2d"):
+        launch = functions["launch"]
+        functions["launch"] = lambda x, *args: as_result(launch(x, *args), x)
+    return types.SimpleNamespace(**functions)
