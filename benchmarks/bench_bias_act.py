@@ -1,24 +1,25 @@
-"""bias_act: what stands behind a convolution, and the bare bias behind ToRGB."""
+"""bias_act: what stands behind a convolution."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.common import SHAPES, Case, measure, rows
+from benchmarks.common import BF16, BF16_NCHW, FP32, FP32_NCHW, ON_GPU, Case, measure, parametrized, rows
 
-KINDS: dict[str, dict[str, Any]] = {
-    "lrelu": {"act": "lrelu", "clamp": 256.0},
-    "linear": {"act": "linear", "clamp": 256.0},
-}
+SHAPES = [(1, 32, 1024), (4, 32, 1024), (1, 64, 512), (4, 512, 64)] if ON_GPU else [(1, 32, 128), (1, 128, 16)]
+FORMATS = [BF16, BF16_NCHW, FP32, FP32_NCHW] if ON_GPU else [FP32]
 CASES = [
-    Case("bias_act", kind, {"x": [n, c, r, r], "b": [c]}, options)
+    Case(
+        "bias_act",
+        "lrelu",
+        {"x": [n, c, r, r], "b": [c]},
+        {"act": "lrelu", "clamp": 256.0},
+        compiled=ON_GPU and (n, r) == (1, 1024),
+    )
     for n, c, r in SHAPES
-    for kind, options in KINDS.items()
 ]
 
 
-@rows(CASES)
+@parametrized(rows(CASES, FORMATS))
 def test_bias_act(case: Case, benchmark: BenchmarkFixture) -> None:
     measure(case, benchmark)

@@ -20,9 +20,7 @@ def test_quality(
     photos = quality.PHOTOS if on_gpu else quality.PHOTOS[:1]
     options: dict[str, Any] = {"steps": 200, "latent_steps": 200} if on_gpu else {"steps": 20, "latent_steps": 20}
     outcome = benchmark.pedantic(
-        lambda: quality.ablation(
-            photos, device="cuda" if on_gpu else "cpu", seed=0, target_psnr=35.0, **options
-        ),
+        lambda: quality.ablation(photos, device="cuda" if on_gpu else "cpu", seed=0, target_psnr=35.0, **options),
         rounds=1,
     )
     benchmark.extra_info.update(outcome["about"])
