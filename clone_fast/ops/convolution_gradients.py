@@ -48,7 +48,7 @@ def convolution_gradients(
     dx = dw = None
     if up == 1 and down == 1:
         if want_dx:
-            dx = step("conv", g, _adjoint_weight(weight), 1, weight.shape[-1] // 2, False)
+            dx = step("conv", g, weight.transpose(-3, -4), 1, weight.shape[-1] // 2, True)
         if want_dw:
             dw = step("wgrad", x, g, weight.shape[-1], 1, weight.shape[-1] // 2, weight.ndim == 5)
     elif want_dx or want_dw:
@@ -56,11 +56,6 @@ def convolution_gradients(
         resample = _up_gradients if up == 2 else _down_gradients
         dx, dw = resample(backend, step, g, x, weight, f, want_dx, want_dw)
     return [dx, dw, *sums]
-
-
-def _adjoint_weight(weight: Tensor) -> Tensor:
-    """With which a convolution with stride 1 takes gradients back."""
-    return weight.transpose(-3, -4).flip([-2, -1])
 
 
 def _fir(backend: str, x: Tensor, f: Tensor, *args: Any) -> Tensor:
@@ -87,8 +82,7 @@ def _down_gradients(
     padding = downsampling_padding(f, k)
     dx = dw = None
     if want_dx:
-        through = _adjoint_weight(weight) if stride == 1 else weight.transpose(-3, -4)
-        filtered = step("conv", g, through, stride, 0, stride == 2)
+        filtered = step("conv", g, weight.transpose(-3, -4), stride, 0, True)
         dx = _fir(backend, filtered, f, *adjoint(x.shape[2:], filtered.shape[2:], f, ONE, down, padding), True, 1.0)
     if want_dw:
         filtered = _fir(backend, x, f, ONE, down, padding, False, 1.0)
