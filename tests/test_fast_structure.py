@@ -1,4 +1,4 @@
-"""What a fast backend must stand besides being right: graphs, streams, devices, compilers, second derivatives, misuse."""
+"""What a fast backend must stand besides being right: graphs, streams, devices, compilers, second order, misuse."""
 
 from __future__ import annotations
 

@@ -9,13 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from clone_fast.nn.architecture import RESAMPLE_TAPS
-from clone_fast.ops import bias_act, modulated_conv2d, setup_filter
+from clone_fast.ops import bias_act, is_fast, modulated_conv2d, setup_filter
 from clone_fast.ops.bias_act import ACTIVATIONS
 
 
 def fast_layout(x: Tensor) -> Tensor:
-    """channels_last on a CPU, where transposed convolutions run ten times faster in it; elsewhere as it is."""
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    """channels_last where it is faster: on a CPU, by ten times in transposed convolutions, and for the fast backends.
+
+    The reference on a GPU is slower in it, as its FIR filters have no good kernel there.
+    """
+    if x.device.type == "cpu" or is_fast(x.device):
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 def normalize_2nd_moment(x: Tensor, eps: float = 1e-8) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clone_fast.ops.bias_act import bias_act
-from clone_fast.ops.dispatch import backend, explain
+from clone_fast.ops.dispatch import backend, explain, is_fast
 from clone_fast.ops.laplacian_pyramid import laplacian_pyramid, laplacian_pyramid_loss
 from clone_fast.ops.modulated_conv2d import modulated_conv2d
 from clone_fast.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
@@ -16,6 +16,7 @@ __all__ = [
     "explain",
     "fast_double_backward",
     "filter2d",
+    "is_fast",
     "laplacian_pyramid",
     "laplacian_pyramid_loss",
     "modulated_conv2d",

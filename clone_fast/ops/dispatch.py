@@ -174,6 +174,11 @@ def step_backend(op: str, step: str) -> str:
     return "reference"
 
 
+def is_fast(device: torch.device) -> bool:
+    """Whether convolutions on this device run on a leaf, unless one refuses: those want channels_last."""
+    return device.type == "cuda" and _configured() != "reference" and bool(_candidates("modulated_conv2d"))
+
+
 def launch_step(op: str, step: str, backend: str, *args: Any) -> Any:
     """Run a step of an op on the leaf of this backend or, where that lacks it, on the best other leaf that has it.
 
