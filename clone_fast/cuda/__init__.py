@@ -1,0 +1,31 @@
+"""The CUDA leaves: for each op the functions of its Triton twin in `kernels/`, run by the compiled `clone_fast._C`.
+
+A leaf turns tensors that `clone_fast.ops` has checked into pointers, sizes and a stream. `clone_fast._C` is imported by
+the leaves, not here: this package lies in every installation, the extension only where an nvcc was.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The numbers of `Dtype` in csrc/dtype.h.
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def dtype_reason(x: Tensor) -> str | None:
+    """Why x's dtype cannot run here, or None."""
+    if x.dtype in DTYPES:
+        return None
+    name = str(x.dtype).removeprefix("torch.")
+    return "float64 runs on the reference only" if x.dtype == torch.float64 else f"no kernel for {name}"
+
+
+def pointer(x: Tensor | None) -> int:
+    """The address of the first element, 0 for no tensor."""
+    return 0 if x is None else x.data_ptr()
+
+
+def stream(x: Tensor) -> int:
+    """The current stream of x's device, as an integer."""
+    return torch.cuda.current_stream(x.device).cuda_stream

@@ -1,0 +1,117 @@
+"""modulated_conv2d with up=2 in CUDA C++: transposed convolution, filter and all that follows in one kernel."""
+
+from __future__ import annotations
+
+from math import inf
+
+import torch
+from torch import Tensor
+
+from clone_fast import _C
+from clone_fast.cuda import DTYPES, dtype_reason, pointer, stream
+from clone_fast.cuda.modulated_conv2d import SLOPES, _channels_last, _in_layout_of, _number
+
+COMPUTE_CAPABILITY = (9, 0)  # the only one; its instructions are in no other
+CHANNELS = 16  # their numbers are multiples of it
+
+
+def supports(
+    x: Tensor,
+    weight: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    resample_filter: Tensor | None,
+    up: int,
+    down: int,
+    act: str,
+    gain: float,
+    clamp: float | None,
+) -> str | None:
+    """None where `launch` can run, else the reason why not."""
+    if (up, down) != (2, 1):
+        return f"no kernel for up={up}, down={down}"
+    if act not in SLOPES:
+        return f"fuses {', '.join(SLOPES)}, not {act}"
+    if gain <= 0:
+        return f"wants a gain above zero, got {gain}"
+    if resample_filter is None or any(size != 4 for size in resample_filter.shape):
+        return "the filter must be [4, 4] or [4]"
+    if resample_filter.dtype != torch.float32:
+        return "the filter must be float32"
+    if x.dtype == torch.float32:
+        return "no kernel for float32"
+    return dtype_reason(x) or _weight_reason(weight) or _device_reason(x)
+
+
+def _weight_reason(weight: Tensor) -> str | None:
+    out_channels, in_channels, k = weight.shape[-4], weight.shape[-3], weight.shape[-1]
+    if k != 3:
+        return f"a 3x3 kernel, not {k}x{k}"
+    if out_channels % CHANNELS or in_channels % CHANNELS:
+        return f"channels must be multiples of {CHANNELS}, got {out_channels} and {in_channels}"
+    return None
+
+
+def _device_reason(x: Tensor) -> str | None:
+    device = torch.cuda.get_device_properties(x.device)
+    if (device.major, device.minor) != COMPUTE_CAPABILITY:
+        return f"needs compute capability 9.0, this device has {device.major}.{device.minor}"
+    if _C.resampled_conv_up_shared_memory(x.shape[1]) > device.shared_memory_per_block_optin:
+        return f"the weights of {x.shape[1]} channels do not fit into shared memory"
+    return None
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    resample_filter: Tensor,
+    up: int,
+    down: int,
+    act: str,
+    gain: float,
+    clamp: float | None,
+) -> Tensor:
+    """y [N, O, 2 H, 2 W] of x [N, I, H, W] and finished weights [O, I, 3, 3] or [N, O, I, 3, 3].
+
+    y = clamp(gain * act(conv + noise * noise_strength + bias)), in x's dtype and layout, summed in float32. What lies
+    between the transposed convolution and the filter is rounded to x's dtype, as is the result.
+    """
+    n, in_channels, height, width = x.shape
+    out_channels = weight.shape[-4]
+    dense = _channels_last(x)
+    taps = weight.to(x.dtype).movedim((-2, -1), (-4, -3)).contiguous()  # [.., 3, 3, O, I]: modulate's own order
+    if taps.data_ptr() % 16:
+        taps = taps.clone()
+    noise, noise_strength, bias = (_number(value, x) for value in (noise, noise_strength, bias))
+    resample_filter = resample_filter.contiguous()
+    y = torch.empty(
+        [n, out_channels, 2 * height, 2 * width], dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    op = _C.ResampledConv(
+        dtype=DTYPES[x.dtype],
+        n=n,
+        height=height,
+        width=width,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        x=dense.data_ptr(),
+        weight=taps.data_ptr(),
+        y=y.data_ptr(),
+        filter=resample_filter.data_ptr(),
+        noise=pointer(noise),
+        strength=pointer(noise_strength),
+        bias=pointer(bias),
+        weight_stride=taps.stride(0) if taps.ndim == 5 and n > 1 else 0,
+        noise_stride=4 * height * width if noise is not None and noise.ndim == 4 and noise.shape[0] > 1 else 0,
+        filter_rank=resample_filter.ndim,
+        floats=tuple(value is not None and value.dtype == torch.float32 for value in (noise, noise_strength, bias)),
+        gain=gain,
+        slope=SLOPES[act],
+        clamp=inf if clamp is None else clamp,
+    )
+    _C.resampled_conv_up(op, stream(x))
+    return _in_layout_of(y, x)

@@ -1,0 +1,234 @@
+"""modulated_conv2d in CUDA C++: the 3x3 convolution of at most 64 channels, everything fused, and its weight gradient.
+
+The steps are those of `clone_fast.kernels.modulated_conv2d`; what is missing here, or is refused with a reason, runs
+there. Resampling by 2 lies in `_resampled_conv.py`.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from math import inf
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from clone_fast import _C
+from clone_fast.cuda import DTYPES, dtype_reason, pointer, stream
+
+SLOPES = {"linear": 1.0, "relu": 0.0, "lrelu": 0.2}  # below zero
+CHANNELS = 64  # at most
+
+
+def _resampled() -> ModuleType | None:
+    """The twin for up=2 and down=2, where it is."""
+    if find_spec("clone_fast.cuda._resampled_conv") is None:
+        return None
+    from clone_fast.cuda import _resampled_conv
+
+    return _resampled_conv
+
+
+def supports(
+    x: Tensor,
+    weight: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    resample_filter: Tensor | None,
+    up: int,
+    down: int,
+    act: str,
+    gain: float,
+    clamp: float | None,
+) -> str | None:
+    """None where `launch` can run, else the reason why not."""
+    if (up, down) != (1, 1):
+        twin = _resampled()
+        if twin is None:
+            return f"no kernel for up={up}, down={down}"
+        return twin.supports(x, weight, noise, noise_strength, bias, resample_filter, up, down, act, gain, clamp)
+    if act not in SLOPES:
+        return f"fuses {', '.join(SLOPES)}, not {act}"
+    if gain <= 0:
+        return f"wants a gain above zero, got {gain}"
+    return supports_conv(x, weight, 1, weight.shape[-1] // 2, False)
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    resample_filter: Tensor | None,
+    up: int,
+    down: int,
+    act: str,
+    gain: float,
+    clamp: float | None,
+) -> Tensor:
+    """The convolution of x [N, I, H, W] with finished weights [O, I, 3, 3] or [N, O, I, 3, 3] and all that follows it.
+
+    y = clamp(gain * act(conv + noise * noise_strength + bias)), in x's dtype and layout, summed in float32 and rounded
+    once.
+    """
+    if (up, down) != (1, 1):
+        twin = _resampled()
+        if twin is None:
+            raise ValueError(f"modulated_conv2d: no kernel for up={up}, down={down}")
+        return twin.launch(x, weight, noise, noise_strength, bias, resample_filter, up, down, act, gain, clamp)
+    return _conv3x3(x, weight, False, noise, noise_strength, bias, SLOPES[act], gain, clamp)
+
+
+def supports_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> str | None:
+    """None where `launch_conv` can run, else the reason why not."""
+    k = weight.shape[-1]
+    if (k, stride, padding) != (3, 1, 1):
+        return f"a 3x3 kernel with stride 1 and padding 1, not {k}x{k} with stride {stride} and padding {padding}"
+    return _dtype_reason(x) or _channels_reason(*weight.shape[-4:-2]) or _device_reason(x, *weight.shape[-4:-2])
+
+
+def launch_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
+    """The bare convolution, or with `transposed` its adjoint; the weight is [.., O, I, 3, 3] with O of the result.
+
+    A weight of any strides is read where it lies as long as its O or I is the dimension with stride 1.
+    """
+    return _conv3x3(x, weight, transposed, None, None, None, 1.0, 1.0, None)
+
+
+def supports_wgrad(a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sample: bool) -> str | None:
+    """None where `launch_wgrad` can run, else the reason why not."""
+    if (k, stride, padding) != (3, 1, 1):
+        return f"a 3x3 kernel with stride 1 and padding 1, not {k}x{k} with stride {stride} and padding {padding}"
+    channels = b.shape[1], a.shape[1]
+    return _dtype_reason(a) or _channels_reason(*channels) or _device_reason(a, *channels)
+
+
+def launch_wgrad(a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sample: bool) -> Tensor:
+    """r[n, cb, ca, dy, dx] = sum over p of b[n, cb, p] * a[n, ca, p + (dy, dx) - 1], or summed over n; float32."""
+    n, _, height, width = a.shape
+    results = n if per_sample else 1
+    return _wgrad3x3(a, b, per_sample, _C.modulated_conv2d_3x3_wgrad_partials(n, height, width, results))
+
+
+def _wgrad3x3(a: Tensor, b: Tensor, per_sample: bool, partials: int) -> Tensor:
+    """The weight gradient by so many blocks for each result."""
+    n, channels_a, height, width = a.shape
+    channels_b, results = b.shape[1], n if per_sample else 1
+    a, b = _channels_last(a), _channels_last(b.to(a.dtype))
+    shape = [results, partials, 3, 3, channels_b, channels_a]
+    partial = torch.empty(shape, dtype=torch.float32, device=a.device)
+    y = partial if partials == 1 else torch.empty([results, 1, *shape[2:]], dtype=torch.float32, device=a.device)
+    op = _C.Conv3x3Wgrad(
+        dtype=DTYPES[a.dtype],
+        n=n,
+        height=height,
+        width=width,
+        channels_a=channels_a,
+        channels_b=channels_b,
+        results=results,
+        partials=partials,
+        a=a.data_ptr(),
+        b=b.data_ptr(),
+        partial=partial.data_ptr(),
+        y=y.data_ptr(),
+    )
+    _C.modulated_conv2d_3x3_wgrad(op, stream(a))
+    y = y[:, 0].permute(0, 3, 4, 1, 2)
+    return y if per_sample else y[0]
+
+
+def _dtype_reason(x: Tensor) -> str | None:
+    return dtype_reason(x) or ("no kernel for float32" if x.dtype == torch.float32 else None)
+
+
+def _channels_reason(*channels: int) -> str | None:
+    if all(count % 8 == 0 and count <= CHANNELS for count in channels):
+        return None
+    return f"channels must be multiples of 8 and at most {CHANNELS}, got {' and '.join(map(str, channels))}"
+
+
+def _device_reason(x: Tensor, out_channels: int, in_channels: int) -> str | None:
+    if _C.modulated_conv2d_3x3_fits(x.get_device(), in_channels, out_channels):
+        return None
+    return "needs compute capability 8.0 and more shared memory than this device has"
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """x in memory order [N, H, W, C] without gaps, on 16 bytes."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.channels_last)
+
+
+def _in_layout_of(y: Tensor, x: Tensor) -> Tensor:
+    """y, which is channels_last, in the layout of a result of x."""
+    keep = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y if keep else y.contiguous()
+
+
+def _readable(weight: Tensor) -> Tensor:
+    """The weight itself where O or I is innermost in memory, else a copy in memory order [.., k, k, O, I]."""
+    if 1 in weight.stride()[-4:-2]:
+        return weight
+    return weight.movedim((-4, -3), (-2, -1)).contiguous().movedim((-2, -1), (-4, -3))
+
+
+def _number(value: Tensor | None, x: Tensor) -> Tensor | None:
+    """A small tensor that the kernel reads as it is: x's dtype or float32, without gaps."""
+    if value is None:
+        return None
+    return (value if value.dtype in (x.dtype, torch.float32) else value.float()).contiguous()
+
+
+def _conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    transposed: bool,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    slope: float,
+    gain: float,
+    clamp: float | None,
+    portable: bool = False,
+    blocks: int = 0,
+) -> Tensor:
+    """The kernel. For tests, `portable` takes mma.sync also where wgmma is to be had, `blocks` bounds how many run."""
+    n, in_channels, height, width = x.shape
+    out_channels = weight.shape[-4]
+    dense, weight = _channels_last(x), _readable(weight.to(x.dtype))
+    noise, noise_strength, bias = (_number(value, x) for value in (noise, noise_strength, bias))
+    y = torch.empty([n, out_channels, height, width], dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    wo, wi, wy, wx = weight.stride()[-4:]
+    wn = weight.stride(0) if weight.ndim == 5 else 0
+    first = weight.data_ptr()
+    as_rows = wi == 1 and first % 16 == 0 and all(stride % 8 == 0 for stride in (wn, wo, wy, wx))
+    if transposed:  # the taps in reverse
+        first += 2 * (wy + wx) * weight.element_size()
+        wy, wx = -wy, -wx
+    op = _C.Conv3x3(
+        dtype=DTYPES[x.dtype],
+        n=n,
+        height=height,
+        width=width,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        x=dense.data_ptr(),
+        weight=first,
+        y=y.data_ptr(),
+        noise=pointer(noise),
+        strength=pointer(noise_strength),
+        bias=pointer(bias),
+        weight_strides=(wn, wo, wi, wy, wx),
+        noise_stride=height * width if noise is not None and noise.ndim == 4 and noise.shape[0] > 1 else 0,
+        weight_rows=as_rows,
+        floats=tuple(value is not None and value.dtype == torch.float32 for value in (noise, noise_strength, bias)),
+        positive=gain,
+        negative=gain * slope,
+        clamp=inf if clamp is None else clamp,
+        portable=portable,
+        blocks=blocks,
+    )
+    _C.modulated_conv2d_3x3(op, stream(x))
+    return _in_layout_of(y, x)

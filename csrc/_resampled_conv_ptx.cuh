@@ -1,0 +1,89 @@
+// The instructions of compute capability 9.0 that the resampled convolution is made of, one function each.
+#pragma once
+
+#include "launch.cuh"
+
+namespace clone_fast::resampled {
+
+__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
+    return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes from device to shared memory; zeros where not `inside`, and then `from` is not read.
+__device__ __forceinline__ void copy_async(std::uint32_t to, const void* from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// What this thread wrote to shared memory becomes visible to wgmma (after the next barrier, of all threads' writes).
+__device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Barriers among some of a block's threads: each thread either waits at it or only reports that it has come.
+__device__ __forceinline__ void barrier_wait(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Four 8 x 8 matrices, lane l giving the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices(std::uint32_t to, std::uint32_t a, std::uint32_t b, std::uint32_t c,
+                                               std::uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c),
+                 "r"(d)
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(std::uint32_t (&to)[4], std::uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint2 load_shared8(std::uint32_t from) {
+    uint2 bytes;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(bytes.x), "=r"(bytes.y) : "r"(from) : "memory");
+    return bytes;
+}
+
+__device__ __forceinline__ void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void group_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// A matrix in shared memory without swizzle: 8 rows x 16 bytes lie together in 128 bytes, the next 8 rows follow, the
+// next 16 bytes of the same rows are `pitch` bytes away. Two halves of a descriptor; units (of 16 bytes) may be added to
+// the lower one.
+struct Matrix {
+    std::uint32_t low, high;
+    __device__ __forceinline__ Matrix(std::uint32_t address, std::uint32_t pitch)
+        : low(address >> 4 | pitch >> 4 << 16), high(128 >> 4) {}
+};
+
+#define CLONE_FAST_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define CLONE_FAST_WGMMA(types)                                                                               \
+    asm volatile("{.reg .pred p; .reg .b64 b; setp.ne.b32 p, %22, 0; mov.b64 b, {%20, %21}; wgmma.mma_async.sync.aligned.m64n32k16.f32." types    \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "                  \
+                 "{%16, %17, %18, %19}, b, p, 1, 1, 0;}"                                                    \
+                 : CLONE_FAST_D4(0), CLONE_FAST_D4(4), CLONE_FAST_D4(8), CLONE_FAST_D4(12)                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.low + unit), "r"(b.high), "r"(add))
+
+// d += a b, or d = a b where `add` is 0, with b from `unit` on: 64 rows, 16 of each warp, x 32 columns, 16 terms.
+template <typename T>
+__device__ __forceinline__ void group_multiply_add(float (&d)[16], const std::uint32_t (&a)[4], Matrix b, int unit,
+                                                   int add = 1) {
+    if constexpr (std::is_same_v<T, Half>) CLONE_FAST_WGMMA("f16.f16");
+    else CLONE_FAST_WGMMA("bf16.bf16");
+}
+
+#undef CLONE_FAST_D4
+#undef CLONE_FAST_WGMMA
+
+}  // namespace clone_fast::resampled

@@ -1,0 +1,168 @@
+// The pybind11 module clone_fast._C: one function for each launcher, nothing else.
+//
+// Pointers and streams travel as integers, a missing tensor as 0, dtypes as the tags of launch.cuh. No function here
+// holds a Python object: clone_fast/cuda/<op>.py keeps the tensors alive and has made every check that a user can see.
+// Every launcher runs without the interpreter's lock.
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+
+#include "dtype.h"
+
+// ---- one include for each op, in the order of the alphabet
+#include "_resampled_conv.h"
+#include "bias_act.h"
+#include "laplacian_pyramid.h"
+#include "modulated_conv2d.h"
+#include "upfirdn2d.h"
+
+namespace py = pybind11;
+using namespace clone_fast;
+using namespace pybind11::literals;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <typename T = void>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+cudaStream_t stream_of(Address address) { return reinterpret_cast<cudaStream_t>(address); }
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "The CUDA kernels of clone_fast. Called by clone_fast.cuda, which documents each of them.";
+    module.attr("CUDART_VERSION") = CUDART_VERSION;
+    const py::call_guard<py::gil_scoped_release> unlocked;
+
+    // ---- bias_act
+    py::class_<BiasAct>(module, "BiasAct", py::module_local()).def(py::init([](int dtype, std::int64_t outer, std::int64_t channels,
+                                                           std::int64_t inner, int act, float alpha, float gain, float clamp) {
+        return BiasAct{Dtype{dtype}, outer, channels, inner, Act{act}, alpha, gain, clamp};
+    }));
+    module.def(
+        "bias_act",
+        [](const BiasAct& op, Address x, Address b, Address y, Address stream) {
+            bias_act(op, pointer(x), pointer(b), pointer(y), stream_of(stream));
+        },
+        unlocked);
+    module.def(
+        "bias_act_gradient",
+        [](const BiasAct& op, Address dy, Address x, Address b, Address dx, Address stream) {
+            bias_act_gradient(op, pointer(dy), pointer(x), pointer(b), pointer(dx), stream_of(stream));
+        },
+        unlocked);
+    module.def(
+        "bias_act_gradients",
+        [](const BiasAct& op, Address dy, Address x, Address b, Address dx, Address db, Address partial, Address stream) {
+            bias_act_gradients(op, pointer(dy), pointer(x), pointer(b), pointer(dx), pointer(db), pointer<float>(partial),
+                               stream_of(stream));
+        },
+        unlocked);
+    module.def("bias_act_partials", &bias_act_partials);
+    module.def(
+        "bias_act_second",
+        [](const BiasAct& op, Address v, Address dy, Address x, Address b, Address result, Address stream) {
+            bias_act_second(op, pointer(v), pointer(dy), pointer(x), pointer(b), pointer(result), stream_of(stream));
+        },
+        unlocked);
+
+    // ---- laplacian_pyramid
+    using Strides = std::array<std::int64_t, 4>;
+    py::class_<LaplacianPyramid>(module, "LaplacianPyramid")
+        .def(py::init([](int dtype, int samples, int channels, int height, int width, std::vector<float> weights, float eps) {
+            return LaplacianPyramid{Dtype{dtype}, samples, channels, height, width, std::move(weights), eps};
+        }));
+    module.def("laplacian_pyramid_workspace", &laplacian_pyramid_workspace);
+    module.def(
+        "laplacian_pyramid",
+        [](const LaplacianPyramid& op, Address x, const Strides& xs, Address y, const Strides& ys, Address loss,
+           Address slope, Address coarse, Address workspace, Address stream) {
+            laplacian_pyramid(op, pointer(x), {xs[0], xs[1], xs[2], xs[3]}, pointer(y), {ys[0], ys[1], ys[2], ys[3]},
+                              pointer<float>(loss), pointer(slope), pointer<float>(coarse), pointer(workspace),
+                              stream_of(stream));
+        },
+        unlocked);
+    module.def(
+        "laplacian_pyramid_backward",
+        [](const LaplacianPyramid& op, Address dloss, Address slope, Address coarse, Address dx, const Strides& s,
+           Address stream) {
+            laplacian_pyramid_backward(op, pointer<float>(dloss), pointer(slope), pointer<float>(coarse), pointer(dx),
+                                       {s[0], s[1], s[2], s[3]}, stream_of(stream));
+        },
+        unlocked);
+
+    // ---- modulated_conv2d
+    py::class_<Conv3x3>(module, "Conv3x3")
+        .def(py::init([](int dtype, int n, int height, int width, int in_channels, int out_channels, Address x,
+                         Address weight, Address y, Address noise, Address strength, Address bias,
+                         const std::array<std::int64_t, 5>& strides, std::int64_t noise_stride, bool weight_rows,
+                         const std::array<bool, 3>& floats, float positive, float negative, float clamp, bool portable,
+                         int blocks) {
+                 return Conv3x3{Dtype{dtype}, n, height, width, in_channels, out_channels, pointer(x), pointer(weight),
+                                pointer(y), pointer(noise), pointer(strength), pointer(bias), strides[0], strides[1],
+                                strides[2], strides[3], strides[4], noise_stride, weight_rows, floats[0], floats[1],
+                                floats[2], positive, negative, clamp, portable, blocks};
+             }),
+             py::kw_only(), "dtype"_a, "n"_a, "height"_a, "width"_a, "in_channels"_a, "out_channels"_a, "x"_a, "weight"_a,
+             "y"_a, "noise"_a, "strength"_a, "bias"_a, "weight_strides"_a, "noise_stride"_a, "weight_rows"_a, "floats"_a,
+             "positive"_a, "negative"_a, "clamp"_a, "portable"_a, "blocks"_a);
+    module.def(
+        "modulated_conv2d_3x3",
+        [](const Conv3x3& op, Address stream) { modulated_conv2d_3x3(op, stream_of(stream)); }, unlocked);
+    module.def("modulated_conv2d_3x3_fits", &modulated_conv2d_3x3_fits);
+    py::class_<Conv3x3Wgrad>(module, "Conv3x3Wgrad")
+        .def(py::init([](int dtype, int n, int height, int width, int channels_a, int channels_b, int results,
+                         int partials, Address a, Address b, Address partial, Address y) {
+                 return Conv3x3Wgrad{Dtype{dtype}, n, height, width, channels_a, channels_b, results, partials,
+                                     pointer(a), pointer(b), pointer<float>(partial), pointer<float>(y)};
+             }),
+             py::kw_only(), "dtype"_a, "n"_a, "height"_a, "width"_a, "channels_a"_a, "channels_b"_a, "results"_a,
+             "partials"_a, "a"_a, "b"_a, "partial"_a, "y"_a);
+    module.def(
+        "modulated_conv2d_3x3_wgrad",
+        [](const Conv3x3Wgrad& op, Address stream) { modulated_conv2d_3x3_wgrad(op, stream_of(stream)); }, unlocked);
+    module.def("modulated_conv2d_3x3_wgrad_partials", &modulated_conv2d_3x3_wgrad_partials);
+
+    // ---- modulated_conv2d, resampling by 2
+    py::class_<ResampledConv>(module, "ResampledConv")
+        .def(py::init([](int dtype, int n, int height, int width, int in_channels, int out_channels, Address x,
+                         Address weight, Address y, Address filter, Address noise, Address strength, Address bias,
+                         std::int64_t weight_stride, std::int64_t noise_stride, int filter_rank,
+                         const std::array<bool, 3>& floats, float gain, float slope, float clamp) {
+                 return ResampledConv{Dtype{dtype}, n, height, width, in_channels, out_channels, pointer(x),
+                                      pointer(weight), pointer(y), pointer<float>(filter), pointer(noise),
+                                      pointer(strength), pointer(bias), weight_stride, noise_stride, filter_rank,
+                                      floats[0], floats[1], floats[2], gain, slope, clamp};
+             }),
+             py::kw_only(), "dtype"_a, "n"_a, "height"_a, "width"_a, "in_channels"_a, "out_channels"_a, "x"_a, "weight"_a,
+             "y"_a, "filter"_a, "noise"_a, "strength"_a, "bias"_a, "weight_stride"_a, "noise_stride"_a, "filter_rank"_a,
+             "floats"_a, "gain"_a, "slope"_a, "clamp"_a);
+    module.def(
+        "resampled_conv_up",
+        [](const ResampledConv& op, Address stream) { resampled_conv_up(op, stream_of(stream)); }, unlocked);
+    module.def("resampled_conv_up_shared_memory", &resampled_conv_up_shared_memory);
+
+    // ---- upfirdn2d
+    using Pair = std::array<int, 2>;  // [x, y], but sizes are [height, width]
+    py::class_<Upfirdn2d>(module, "Upfirdn2d")
+        .def(py::init([](const std::array<int, 4>& shape, const Pair& size, bool channels_last, const Pair& filter,
+                         bool separable, const Pair& up, const Pair& down, const Pair& pad, bool flip, float gain) {
+                 return Upfirdn2d{shape[0], shape[1], shape[2], shape[3], size[0], size[1], channels_last, filter[0],
+                                  filter[1], separable, up[0], up[1], down[0], down[1], pad[0], pad[1], flip, gain};
+             }),
+             py::kw_only(), "shape"_a, "size"_a, "channels_last"_a, "filter"_a, "separable"_a, "up"_a, "down"_a, "pad"_a,
+             "flip"_a, "gain"_a);
+    module.def(
+        "upfirdn2d",
+        [](const Upfirdn2d& op, int x_dtype, Address x, Address f, int y_dtype, Address y, Address stream) {
+            upfirdn2d(Dtype{x_dtype}, pointer(x), pointer<float>(f), Dtype{y_dtype}, pointer(y), op, stream_of(stream));
+        },
+        unlocked);
+}

@@ -1,0 +1,59 @@
+// modulated_conv2d: the 3x3 convolution of few channels with everything fused, and its weight gradient.
+// See _modulated_conv2d_tile.cuh for how it works.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace clone_fast {
+
+// What a launcher is told, all of it in elements. Images are channels_last and dense, channels are multiples of 8.
+struct Conv3x3 {
+    Dtype dtype;
+    int n, height, width, in_channels, out_channels;
+    const void* x;  // [N, H, W, I]
+    const void* weight;  // tap (y, x) of sample n, channels o and i, at n*wn + o*wo + i*wi + y*wy + x*wx
+    void* y;  // [N, H, W, O]
+    const void* noise;  // [H, W], sample n at n * noise_stride; null: none
+    const void* strength;  // its factor, one number; null: 1
+    const void* bias;  // [O]; null: none
+    std::int64_t wn, wo, wi, wy, wx, noise_stride;
+    bool weight_rows;  // the input channels of a tap lie side by side on 16 bytes and can be copied as they are
+    bool noise_float, strength_float, bias_float;  // float32, or else x's dtype
+    float positive, negative;  // gain, and gain times the slope below zero
+    float clamp;  // infinity: none
+    // for tests
+    bool portable;  // mma.sync, also where there is something better
+    int blocks;  // at most so many, which makes long walks of small images; 0: as many as run at once
+};
+
+// Throws above 64 channels.
+void modulated_conv2d_3x3(const Conv3x3& op, cudaStream_t stream);
+
+// Whether the device has the instructions and the shared memory for so many channels.
+bool modulated_conv2d_3x3_fits(int device, int in_channels, int out_channels);
+
+// The same on the tensor cores' asynchronous instructions; compute capability 9.0 only.
+void modulated_conv2d_3x3_sm90a(const Conv3x3& op, cudaStream_t stream);
+
+// The weight gradient: y[r, dy, dx, cb, ca] = sum of b[n, p, cb] * a[n, p + (dy, dx) - 1, ca] over the pixels p of
+// the n / results samples of every result.
+struct Conv3x3Wgrad {
+    Dtype dtype;
+    int n, height, width, channels_a, channels_b;  // channels are multiples of 8, at most 64
+    int results, partials;
+    const void* a;  // [N, H, W, A], dense
+    const void* b;  // [N, H, W, B], dense
+    float* partial;  // [results, partials, 3, 3, B, A]; y itself where partials is 1
+    float* y;  // [results, 3, 3, B, A]
+};
+
+// How many partial sums there are to be for each result, on the current device.
+int modulated_conv2d_3x3_wgrad_partials(int n, int height, int width, int results);
+
+void modulated_conv2d_3x3_wgrad(const Conv3x3Wgrad& op, cudaStream_t stream);
+
+}  // namespace clone_fast

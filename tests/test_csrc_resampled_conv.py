@@ -1,0 +1,172 @@
+"""The CUDA leaf of modulated_conv2d with up=2: small shapes at the edges of its tiles, fit for a sanitizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from grids import as_layout
+from torch import Tensor
+
+from clone_fast.reference.bias_act import bias_act
+from clone_fast.reference.modulated_conv2d import resampled_conv2d
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_empty")]
+
+HALF = [torch.bfloat16, torch.float16]
+# [N, I, O, H, W]: one pixel; one strip; one pixel more than a strip; several strips, segments and blocks of channels;
+# every depth of the input's ring; so many input channels that the filter is not a matrix
+SHAPES = [
+    (1, 16, 16, 1, 1),
+    (2, 64, 32, 8, 30),
+    (1, 128, 64, 9, 31),
+    (3, 32, 48, 21, 64),
+    (1, 96, 16, 70, 3),
+    (2, 256, 32, 13, 35),
+    (1, 48, 80, 12, 61),
+]
+
+
+@pytest.fixture
+def leaf() -> Any:
+    module = pytest.importorskip("clone_fast.cuda._resampled_conv", reason="needs clone_fast._C")
+    if torch.cuda.get_device_capability() != module.COMPUTE_CAPABILITY:
+        pytest.skip("needs compute capability 9.0")
+    return module
+
+
+def fresh(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device="cuda") * scale).to(dtype)
+
+
+def smooth(dtype: torch.dtype = torch.float32) -> Tensor:
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device="cuda") / 8
+    return taps.outer(taps).to(dtype)
+
+
+def convolve(x: Tensor, weight: Tensor, f: Tensor) -> Tensor:
+    """The reference, with a weight for all or one for each sample."""
+    weights = weight.unbind() if weight.ndim == 5 else [weight] * len(x)
+    pairs = zip(x.split(1), weights, strict=True)
+    return torch.cat([resampled_conv2d(one, w, up=2, down=1, f=f) for one, w in pairs])
+
+
+def assert_close(got: Tensor, want: Tensor, plain: Tensor) -> None:
+    """The rule of errors: at most twice that of the plain computation in the same dtype, plus one rounding."""
+    assert got.shape == want.shape
+    error, peak = (got.double() - want).abs().max(), want.abs().max()
+    allowed = 2 * (plain.double() - want).abs().max() + torch.finfo(got.dtype).eps * peak
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_everything_fused(leaf: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    n, i, o, h, w = shape
+    x = as_layout(fresh(n, i, h, w, dtype=dtype), "channels_last")
+    weight = fresh(n, 3, 3, o, i, dtype=dtype, scale=(9 * i) ** -0.5).permute(0, 3, 4, 1, 2)
+    noise, strength, bias, f = fresh(n, 1, 2 * h, 2 * w, dtype=dtype), fresh(), fresh(o), smooth()
+    arguments = (x, weight, noise, strength, bias, f, 2, 1, "lrelu", 2**0.5, 2.0)
+    assert leaf.supports(*arguments) is None
+    got = leaf.launch(*arguments)
+
+    def spec(kind: torch.dtype) -> Tensor:
+        y = convolve(x.to(kind), weight.to(kind), f) + noise.to(kind) * strength.to(kind)
+        return bias_act(y, bias.to(kind), act="lrelu", gain=2**0.5, clamp=2.0)
+
+    assert got.dtype == dtype
+    assert_close(got, spec(torch.float64), spec(dtype))
+
+
+@pytest.mark.parametrize("channels", [64, 256])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", ["any", "outer product", "one-dimensional", "zero"])
+def test_filters(leaf: Any, kind: str, dtype: torch.dtype, channels: int) -> None:
+    """Taps of any value, which half precision can't hold, and neither symmetric nor separable."""
+    f = {
+        "any": fresh(4, 4, scale=0.3),
+        "outer product": fresh(4).outer(fresh(4)) * 0.3,
+        "one-dimensional": fresh(4, scale=0.5),
+        "zero": fresh(4, 4, scale=0.0),
+    }[kind]
+    x = as_layout(fresh(1, channels, 15, 33, dtype=dtype), "channels_last")
+    weight = fresh(32, channels, 3, 3, dtype=dtype, scale=(9 * channels) ** -0.5)
+    got = leaf.launch(x, weight, None, None, None, f, 2, 1, "linear", 1.0, None)
+    assert_close(got, convolve(x.double(), weight.double(), f), convolve(x, weight, f))
+
+
+@pytest.mark.parametrize("channels", [64, 256])
+@pytest.mark.parametrize("options", range(8))
+def test_options(leaf: Any, options: int, channels: int) -> None:
+    """Every choice of act, noise and weight appears, in either layout."""
+    act = ("linear", "relu", "lrelu")[options % 3]
+    n, o, h, w = 2, 32, 11, 37 - options % 2
+    x = fresh(n, channels, h, w, dtype=torch.float16)
+    if options // 3 == 1:
+        x = as_layout(x, "channels_last")
+    elif options // 3 == 2:
+        x = fresh(n, channels, h, 2 * w, dtype=torch.float16)[..., 1::2]
+    per_sample, flat = options % 2 == 1, options in (2, 5)
+    weight = fresh(*([n] if per_sample else []), o, channels, 3, 3, dtype=torch.float16, scale=0.03)
+    size = (2 * h, 2 * w)
+    noise = None if options == 0 else fresh(*size) if flat else fresh(1, 1, *size, dtype=torch.float16)
+    strength = None if options < 3 else fresh().to(torch.float16)
+    bias = None if options % 4 == 0 else fresh(o, dtype=torch.float16)
+    clamp, f = None if options < 4 else 0.5, smooth()
+    got = leaf.launch(x, weight, noise, strength, bias, f, 2, 1, act, 0.7, clamp)
+
+    def spec(kind: torch.dtype) -> Tensor:
+        y = convolve(x.to(kind), weight.to(kind), f)
+        if noise is not None:
+            y = y + noise.to(kind) * (1.0 if strength is None else strength.to(kind))
+        return bias_act(y, None if bias is None else bias.to(kind), act=act, gain=0.7, clamp=clamp)
+
+    assert got.is_contiguous(memory_format=torch.channels_last if options // 3 == 1 else torch.contiguous_format)
+    assert_close(got, spec(torch.float64), spec(torch.float16))
+
+
+def test_nan_stays_nearby(leaf: Any) -> None:
+    x = as_layout(fresh(1, 64, 16, 40, dtype=torch.bfloat16), "channels_last")
+    x[0, 3, 5, 6] = float("nan")
+    weight = fresh(32, 64, 3, 3, dtype=torch.bfloat16)
+    got = leaf.launch(x, weight, None, None, None, smooth(), 2, 1, "lrelu", 1.0, 1.0)
+    assert got[0, :, 8:14, 10:16].isnan().all()  # what the pixel has a part in
+    outside = torch.ones_like(got, dtype=torch.bool)
+    outside[0, :, 8:16, 8:16] = False  # and the rest of those blocks of 4 x 4 pixels
+    assert got[outside].isfinite().all()
+
+
+def test_replay_reads_again(leaf: Any) -> None:
+    """A captured graph computes with what the tensors hold when it is replayed, the filter included."""
+    x = as_layout(fresh(1, 64, 20, 20, dtype=torch.bfloat16), "channels_last")
+    weight, f = fresh(32, 64, 3, 3, dtype=torch.bfloat16, scale=0.04), smooth()
+    arguments = (x, weight, None, None, None, f, 2, 1, "lrelu", 1.0, None)
+    leaf.launch(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = leaf.launch(*arguments)
+    for tensor in (x, weight, f):
+        tensor.copy_(torch.randn_like(tensor) * tensor.std())
+    graph.replay()
+    assert torch.equal(y, leaf.launch(*arguments))
+
+
+def test_reasons(leaf: Any) -> None:
+    x, weight, f = fresh(1, 32, 8, 8, dtype=torch.float16), fresh(32, 32, 3, 3, dtype=torch.float16), smooth()
+
+    def reason(x: Tensor, weight: Tensor, f: Tensor | None, up: int = 2, act: str = "linear", gain: float = 1.0) -> str:
+        return str(leaf.supports(x, weight, None, None, None, f, up, 1, act, gain, None))
+
+    assert reason(x, weight, f) == "None"
+    assert "float64" in reason(x.double(), weight.double(), f)
+    assert "float32" in reason(x.float(), weight.float(), f)
+    assert "swish" in reason(x, weight, f, act="swish")
+    assert "gain" in reason(x, weight, f, gain=-1.0)
+    assert "multiples of 16" in reason(x[:, :24], weight[:, :24], f)
+    assert "3x3" in reason(x, weight[..., :1, :1], f)
+    assert "[4, 4]" in reason(x, weight, f[:3])
+    assert "[4, 4]" in reason(x, weight, None)
+    assert "up=1" in reason(x, weight, f, up=1)
+    many = fresh(1, 512, 8, 8, dtype=torch.float16)
+    assert "shared memory" in reason(many, fresh(32, 512, 3, 3, dtype=torch.float16), f)
