@@ -1,0 +1,296 @@
+"""What stands between the gradient of a modulated convolution's result and that of its convolution, in one pass.
+
+With y = clamp(gain * act(z)) and z = conv + strength * noise + bias, it turns dy into g = dz and adds g up: over the
+pixels for the bias, over the channels for the noise, over both for the noise's strength. The mask is read off y. Each
+program writes sums of its own; a second, small kernel adds these, always in the same order.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SLOPES = {"linear": 1.0, "relu": 0.0, "lrelu": 0.2}  # below zero
+ELEMENTS = 2048  # of a tile
+ADDED = 512  # of a step of the second pass
+WARPS = 4
+PROGRAMS_PER_SM = 8
+
+
+@triton.jit
+def _act_backward_kernel(
+    dy,
+    y,
+    noise,
+    strength,
+    g,
+    bias_sums,
+    noise_sums,
+    strength_sums,
+    channels,
+    pixels,
+    tiles_p,
+    tiles,
+    noise_samples,
+    gain,
+    clamp,
+    SLOPE: tl.constexpr,
+    CLAMP: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    DIRECT: tl.constexpr,
+    SCALED: tl.constexpr,
+    WANT_NOISE: tl.constexpr,
+    WANT_STRENGTH: tl.constexpr,
+    WANT_BIAS: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """Programs (share of the tiles, block of channels); a tile is BP pixels of one sample times BC channels.
+
+    pixels: of one sample. noise_samples: 1 where all samples share the noise. DIRECT: the sums over the channels are
+    the gradient of the noise itself, but for the factor of the strength (SCALED).
+    """
+    share = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    of_bias = tl.zeros((BP, BC), dtype=tl.float32)
+    of_strength = tl.zeros((BP, 1), dtype=tl.float32)
+    for tile in range(share, tiles, tl.num_programs(0)):
+        n = tile // tiles_p
+        p = tile % tiles_p * BP + tl.arange(0, BP)[:, None]
+        inside = (p < pixels) & (c < channels)
+        if CHANNELS_LAST:
+            at = (n * pixels + p) * channels + c
+        else:
+            at = (n * channels + c) * pixels + p
+        value = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        if SLOPE != 1.0 or CLAMP:
+            seen = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+            if SLOPE != 1.0:
+                value *= tl.where(seen > 0, gain, gain * SLOPE)
+            else:
+                value *= gain
+            if CLAMP:
+                value = tl.where(tl.abs(seen) < clamp, value, 0.0)
+        else:
+            value *= gain
+        if GRADIENT:
+            tl.store(g + at, value.to(g.dtype.element_ty), mask=inside)
+        if WANT_BIAS:
+            of_bias += value
+        if WANT_NOISE or WANT_STRENGTH:
+            of_pixel = tl.sum(value, axis=1, keep_dims=True)
+            if WANT_STRENGTH:
+                at = n % noise_samples * pixels + p
+                of_strength += of_pixel * tl.load(noise + at, mask=p < pixels, other=0.0).to(tl.float32)
+            if WANT_NOISE:
+                if SCALED and DIRECT:
+                    of_pixel *= tl.load(strength).to(tl.float32)
+                at = (tl.program_id(1) * (tiles // tiles_p) + n) * pixels + p
+                tl.store(noise_sums + at, of_pixel.to(noise_sums.dtype.element_ty), mask=p < pixels)
+    if WANT_BIAS:
+        c = tl.program_id(1) * BC + tl.arange(0, BC)
+        tl.store(bias_sums + c * tl.num_programs(0) + share, tl.sum(of_bias, axis=0), mask=c < channels)
+    if WANT_STRENGTH:
+        tl.store(strength_sums + tl.program_id(1) * tl.num_programs(0) + share, tl.sum(of_strength))
+
+
+@triton.jit
+def _row_sum(x, row, size, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.load(x + row * size + i, mask=i < size, other=0.0)
+    return tl.sum(total)
+
+
+@triton.jit
+def _add_sums(
+    bias_sums,
+    dbias,
+    strength_sums,
+    dstrength,
+    noise_sums,
+    dnoise,
+    strength,
+    channels,
+    shares,
+    strength_shares,
+    noise_parts,
+    noise_size,
+    SCALED: tl.constexpr,
+    WANT_STRENGTH: tl.constexpr,
+    ADD_NOISE: tl.constexpr,
+    WANT_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The second pass. Programs: one for each channel of the bias, then that of the strength, then the noise's."""
+    pid = tl.program_id(0)
+    if pid < channels:
+        if WANT_BIAS:
+            tl.store(dbias + pid, _row_sum(bias_sums, pid, shares, BLOCK))
+    elif pid < channels + WANT_STRENGTH:
+        if WANT_STRENGTH:
+            tl.store(dstrength, _row_sum(strength_sums, 0, strength_shares, BLOCK))
+    elif ADD_NOISE:
+        p = (pid - channels - WANT_STRENGTH) * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for part in range(noise_parts):
+            total += tl.load(noise_sums + part * noise_size + p, mask=p < noise_size, other=0.0)
+        if SCALED:
+            total *= tl.load(strength).to(tl.float32)
+        tl.store(dnoise + p, total.to(dnoise.dtype.element_ty), mask=p < noise_size)
+
+
+def supports_act_backward(
+    dy: Tensor,
+    y: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    act: str,
+    gain: float,
+    clamp: float | None,
+    want_noise: bool,
+    want_strength: bool,
+    want_bias: bool,
+) -> str | None:
+    """None where `launch_act_backward` can run, else the reason why not."""
+    if act not in SLOPES:
+        return f"only {', '.join(SLOPES)} are fused, got {act!r}"
+    if gain <= 0:
+        return f"gain must be positive to read the activation's sign off its result, got {gain}"
+    for tensor in (dy, y):
+        if tensor.dtype == torch.float64:
+            return "float64 runs on the reference only"
+        if tensor.dtype not in DTYPES:
+            return f"no kernel for {tensor.dtype}"
+    return None
+
+
+@functools.cache
+def _shares(device: torch.device) -> int:
+    """How many programs of the first pass: as many as a GPU holds at once."""
+    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return PROGRAMS_PER_SM * count
+
+
+def launch_act_backward(
+    dy: Tensor,
+    y: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    act: str,
+    gain: float,
+    clamp: float | None,
+    want_noise: bool,
+    want_strength: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(g, dnoise, dstrength, dbias); what is not wanted is None.
+
+    Args:
+        dy, y: [N, C, H, W], the gradient of the result and the result, in any layout; the fastest is y's for both.
+        noise: [H, W], [1, 1, H, W] or [N, 1, H, W]. noise_strength: scalar, or None for 1.
+        act: "linear", "relu" or "lrelu" (slope 0.2). gain: positive. clamp: of the result, or None.
+
+    Returns:
+        g in dy's dtype and y's layout: dy itself where its factor is 1 everywhere. dnoise in noise's shape and dtype,
+        dstrength [] and dbias [C] in float32: sums of g before it is rounded.
+    """
+    n, channels, height, width = y.shape
+    pixels = height * width
+    last = y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    y, dy = y.contiguous(memory_format=layout), dy.contiguous(memory_format=layout)
+    changes = act != "linear" or clamp is not None or gain != 1.0
+    g = torch.empty_like(dy) if changes else dy
+    if noise is None:
+        want_noise = want_strength = False
+    if not (changes or want_noise or want_strength or want_bias):
+        return g, None, None, None
+
+    # Channels last: all channels of some pixels. Else few channels of many pixels, more where they are to be added.
+    bc = min(triton.next_power_of_2(channels), 1024 if last else 32 if want_noise else 8)
+    bp = max(1, min(ELEMENTS // bc, triton.next_power_of_2(pixels)))
+    blocks = triton.cdiv(channels, bc)
+    tiles_p = triton.cdiv(pixels, bp)
+    tiles = tiles_p * n
+    shares = min(tiles, max(1, _shares(y.device) // blocks))
+
+    def sums(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=y.device)
+
+    dbias = sums(channels) if want_bias else None
+    dstrength = sums() if want_strength else None
+    dnoise = torch.empty(noise.shape, dtype=noise.dtype, device=y.device) if want_noise and noise is not None else None
+    samples = 1 if noise is None else noise.numel() // pixels
+    direct = samples == n and blocks == 1
+    bias_sums = sums(channels, shares) if want_bias else None
+    strength_sums = sums(blocks * shares) if want_strength else None
+    noise_sums = (dnoise if direct else sums(blocks, n, pixels)) if want_noise else None
+    exact = None if clamp is None else _rounded(clamp, y.dtype)
+    _act_backward_kernel[(shares, blocks)](
+        dy,
+        y,
+        None if noise is None else noise.contiguous(),
+        noise_strength,
+        g,
+        bias_sums,
+        noise_sums,
+        strength_sums,
+        channels,
+        pixels,
+        tiles_p,
+        tiles,
+        samples,
+        gain,
+        exact or 0.0,
+        SLOPE=SLOPES[act],
+        CLAMP=clamp is not None,
+        GRADIENT=changes,
+        CHANNELS_LAST=last,
+        DIRECT=direct,
+        SCALED=noise_strength is not None,
+        WANT_NOISE=want_noise,
+        WANT_STRENGTH=want_strength,
+        WANT_BIAS=want_bias,
+        BC=bc,
+        BP=bp,
+        num_warps=WARPS,
+    )
+    of_noise = want_noise and not direct
+    of_bias = channels if want_bias else 0
+    programs = of_bias + want_strength + (triton.cdiv(samples * pixels, ADDED) if of_noise else 0)
+    if programs:
+        _add_sums[(programs,)](
+            bias_sums,
+            dbias,
+            strength_sums,
+            dstrength,
+            noise_sums if of_noise else None,
+            dnoise if of_noise else None,
+            noise_strength,
+            of_bias,
+            shares,
+            blocks * shares,
+            blocks * n // samples,
+            samples * pixels,
+            SCALED=noise_strength is not None,
+            WANT_STRENGTH=want_strength,
+            ADD_NOISE=of_noise,
+            WANT_BIAS=want_bias,
+            BLOCK=ADDED,
+            num_warps=4,
+        )
+    return g, dnoise, dstrength, dbias
+
+
+@functools.cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """The number that a result clamped to `value` holds."""
+    return float(torch.tensor(value, dtype=dtype))

@@ -1,0 +1,106 @@
+"""Block sizes of the convolution, chosen ahead of time; every entry was checked against the reference on its GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+SHARED_MEMORY = {75: 48, 80: 160, 86: 96, 89: 96, 90: 222}  # KB that the stages of one program may take
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile of bh x bw pixels and bn channels, bk channels of the input a step; split: programs that share a sum."""
+
+    bh: int
+    bw: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    split: int = 1
+    halves: int = 0  # groups of four warps that multiply in the Hopper kernel, 0 for the general one
+
+
+def architecture(device: torch.device) -> tuple[int, int]:
+    """Compute capability times ten and the number of multiprocessors; Triton's interpreter plays an sm_90."""
+    if device.type != "cuda":
+        return 90, 132
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether tensor descriptors are hardware; before Hopper they would be slower than pointers."""
+    return architecture(device)[0] >= 90
+
+
+def power(value: int, low: int, high: int) -> int:
+    """The power of two at or above value, between two others."""
+    return max(low, min(high, triton.next_power_of_2(value)))
+
+
+def default(
+    rows: int, columns: int, images: int, steps: int, in_channels: int, out_channels: int, itemsize: int, arch: int,
+    processors: int,
+) -> Config:  # fmt: skip
+    """A tile that fits the image, the channels and the chip; sums are split where too few programs would run.
+
+    rows, columns: pixels of one image (of one phase); images: N times phases; steps: taps.
+    """
+    bk = power(in_channels, 16, 128 // itemsize)
+    bn = power(out_channels, 16, 128)
+    bm = 128
+    bw = power(columns, 1, bm)
+    bh = power(rows, 1, bm // bw)
+    if bh * bw < 64:
+        bh = 64 // bw
+
+    def programs(bh: int, bw: int, bn: int) -> int:
+        return images * triton.cdiv(rows, bh) * triton.cdiv(columns, bw) * triton.cdiv(out_channels, bn)
+
+    if bn == 128 and programs(bh, bw, bn) < processors:
+        bn = 64
+    if bh * bw == 128 and programs(bh, bw, bn) < processors:
+        bh, bw = (bh // 2, bw) if bh > 1 else (1, bw // 2)
+    split, total = 1, steps * triton.cdiv(in_channels, bk)
+    while split < 16 and programs(bh, bw, bn) * split * 2 <= processors * 2 and total // (split * 2) >= 4:
+        split *= 2
+    budget = SHARED_MEMORY.get(arch, 96) * 1024 // ((bh * bw + bn) * bk * itemsize)
+    return Config(bh, bw, bn, bk, 4, max(1, min(4, budget)), split)
+
+
+def hopper(
+    mode: int, rows: int, columns: int, images: int, steps: int, in_channels: int, out_channels: int, itemsize: int,
+    processors: int,
+) -> Config:  # fmt: skip
+    """The same for the kernel with divided warps; a tile is that of one group of four warps."""
+    bk = power(in_channels, 16, 128 // itemsize)
+    bn = power(out_channels, 32, 128)
+    for bm, halves in ((128, 2), (64, 2), (64, 1)):
+        bw = power(columns, 1, bm) if mode != 2 else power(columns // 2, 1, 8)
+        bh = bm // bw
+        programs = images * triton.cdiv(rows, bh) * triton.cdiv(columns, bw) * triton.cdiv(out_channels, bn)
+        if programs >= 0.9 * halves * processors:
+            break
+    split, total = 1, steps * triton.cdiv(in_channels, bk)
+    while split < 16 and programs * split * 2 <= processors * 2 and total // (split * 2) >= 4:
+        split *= 2
+    stages = (216 if halves == 2 else 104) * 1024 // ((halves * bm + bn) * bk * itemsize)
+    return Config(bh, bw, bn, bk, 4, min(8, stages), split, halves)
+
+
+def choose(
+    mode: int, k: int, rows: int, columns: int, images: int, in_channels: int, out_channels: int, dtype: torch.dtype,
+    device: torch.device, descriptors: bool,
+) -> Config:  # fmt: skip
+    """The configuration of a convolution: from the table of this chip, or a default for the shape."""
+    arch, processors = architecture(device)
+    steps = (k * k + 3) // 4 if mode == 2 else k * k
+    images *= 4 if mode == 2 else 1
+    sizes = (rows, columns, images, steps, in_channels, out_channels, dtype.itemsize)
+    if descriptors and arch == 90 and device.type != "cpu":
+        return hopper(mode, *sizes, processors)
+    return default(*sizes, arch, processors)

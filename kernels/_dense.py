@@ -1,0 +1,24 @@
+"""How the memory of a tensor looks to an elementwise kernel: dense, and a bias that belongs to one of its axes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """channels_last where x is so and only so, contiguous otherwise: the layout of a result."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def extents(x: Tensor, dim: int) -> tuple[int, int, int]:
+    """(outer, channels, inner): memory of x's layout as an array of three axes, of which dim is the second."""
+    order = list(range(x.ndim))
+    if layout_of(x) is torch.channels_last:
+        order = [0, 2, 3, 1]
+    sizes, at = [x.shape[axis] for axis in order], order.index(dim) if order else 0
+    return math.prod(sizes[:at]), math.prod(sizes[at : at + 1]), math.prod(sizes[at + 1 :])

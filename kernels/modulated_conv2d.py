@@ -1,0 +1,158 @@
+"""modulated_conv2d in Triton: the steps from which clone_fast/ops makes the op and its gradients.
+
+Weights come finished (`modulate`), shared [O, I, k, k] or per sample [N, O, I, k, k]. The fused forward and the bare
+convolution run on one implicit GEMM in channels_last memory, see `_conv`; `route` says where cuDNN stands in for it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clone_fast.kernels._act_backward import launch_act_backward, supports_act_backward
+from clone_fast.kernels._conv import Geometry, convolve
+from clone_fast.kernels._fir_epilogue import SLOPES, Epilogue, fir
+from clone_fast.kernels._modulate import modulate as launch_modulate
+from clone_fast.kernels._modulate import modulate_backward as launch_modulate_backward
+from clone_fast.kernels._wgrad import launch_wgrad, supports_wgrad
+
+__all__ = [
+    "launch",
+    "launch_act_backward",
+    "launch_conv",
+    "launch_modulate",
+    "launch_modulate_backward",
+    "launch_wgrad",
+    "route",
+    "supports",
+    "supports_act_backward",
+    "supports_conv",
+    "supports_wgrad",
+]
+
+
+def route(x: Tensor, weight: Tensor) -> str:
+    """What multiplies: "triton", or "cudnn" for float32 without TF32, which tensor cores don't have."""
+    if x.device.type == "cuda" and x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+        return "cudnn"
+    return "triton"
+
+
+def supports_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> str | None:
+    """None, or why `launch_conv` cannot run."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{str(x.dtype).removeprefix('torch.')} runs on the reference only"
+    if weight.dtype != x.dtype:
+        return f"weight must have x's dtype {x.dtype}, got {weight.dtype}"
+    if stride not in (1, 2):
+        return f"strides are 1 and 2, got {stride}"
+    return None
+
+
+def supports(
+    x: Tensor,
+    weight: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    resample_filter: Tensor | None,
+    up: int,
+    down: int,
+    act: str,
+    gain: float,
+    clamp: float | None,
+) -> str | None:
+    """None, or why `launch` cannot run."""
+    if act not in SLOPES:
+        return f"fused activations are {', '.join(SLOPES)}, got {act}"
+    if gain <= 0:
+        return f"the fused gain is positive, got {gain}"
+    return supports_conv(x, weight, 1, 0, False)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _empty(x: Tensor, channels: int, height: int, width: int, *, like_x: bool) -> Tensor:
+    """[N, channels, height, width] in x's dtype; in x's layout, or channels_last."""
+    layout = torch.channels_last if not like_x or _is_channels_last(x) else torch.contiguous_format
+    size = (x.shape[0], channels, height, width)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x itself where its channels are innermost or few, else a copy in channels_last."""
+    spread = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    if spread < 2**31 and (x.stride(1) == 1 or x.shape[1] < 8):
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _library_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """PyTorch's convolution, a loop over the samples where each has weights of its own."""
+    if weight.ndim == 5:
+        pairs = zip(x.split(1), weight, strict=True)
+        return torch.cat([_library_conv(image, own, geometry) for image, own in pairs])
+    if geometry.transposed:
+        return F.conv_transpose2d(x, weight.transpose(0, 1), stride=geometry.stride, padding=geometry.padding)
+    return F.conv2d(x, weight, stride=geometry.stride, padding=geometry.padding)
+
+
+def _unfinished(x: Tensor, weight: Tensor, geometry: Geometry, y: Tensor, epilogue: Epilogue) -> Tensor:
+    """y, finished; or what `fir` has to finish into y: the library's result, or the parts of a split sum."""
+    if route(x, weight) == "cudnn":
+        return _library_conv(x, weight, geometry)
+    return convolve(_readable(x), weight, geometry, y, epilogue)
+
+
+def _convolved(x: Tensor, weight: Tensor, geometry: Geometry, y: Tensor, epilogue: Epilogue) -> Tensor:
+    z = _unfinished(x, weight, geometry, y, epilogue)
+    return y if z is y else fir(z, y, epilogue=epilogue)
+
+
+def launch_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
+    """F.conv2d(x, weight, stride, padding), or the transposed convolution with the same weight [.., O, I, k, k].
+
+    The gradient of conv(x, weight, 1, p) to x is launch_conv(dy, weight.transpose(-3, -4), 1, p, True): no copy of the
+    weight is made for it in half precision.
+    """
+    geometry = Geometry.of(x, weight.shape[-1], stride, padding, transposed)
+    y = _empty(x, weight.shape[-4], geometry.height, geometry.width, like_x=True)
+    return _convolved(x, weight, geometry, y, Epilogue())
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    resample_filter: Tensor | None,
+    up: int,
+    down: int,
+    act: str,
+    gain: float,
+    clamp: float | None,
+) -> Tensor:
+    """clamp(gain * act(conv + noise * noise_strength + bias)); see `clone_fast.ops.modulated_conv2d`."""
+    epilogue = Epilogue(noise, noise_strength, bias, act, gain, clamp)
+    k, out_channels, (height, width) = weight.shape[-1], weight.shape[-4], x.shape[2:]
+    y = _empty(x, out_channels, height * up // down, width * up // down, like_x=True)
+    if up == 1 and down == 1:
+        return _convolved(x, weight, Geometry.of(x, k, 1, k // 2, False), y, epilogue)
+    f = resample_filter
+    taps = (1, 1) if f is None else (f.shape[-1], f.shape[0])  # x, y
+    if up == 2:
+        geometry = Geometry.of(x, k, 2, 0, True)
+        z = _empty(x, out_channels, geometry.height, geometry.width, like_x=False)
+        z = _unfinished(x, weight, geometry, z, Epilogue())
+        pad_x, pad_y = ((size + 1) // 2 + k // 2 - (k - 1) for size in taps)
+        return fir(z, y, f, (pad_x, pad_y), filter_gain=4.0, epilogue=epilogue)
+    pad_x, pad_y = ((size - 1) // 2 + (k // 2 if k > 1 else 0) for size in taps)
+    if k == 1:
+        z = _empty(x, x.shape[1], height // 2, width // 2, like_x=False)
+        return _convolved(fir(x, z, f, (pad_x, pad_y), step=2), weight, Geometry.of(z, 1, 1, 0, False), y, epilogue)
+    z = _empty(x, x.shape[1], height + k - 2, width + k - 2, like_x=False)
+    return _convolved(fir(x, z, f, (pad_x, pad_y)), weight, Geometry.of(z, k, 2, 0, False), y, epilogue)

@@ -1,0 +1,256 @@
+"""The Triton leaf's convolutions: bare, and fused with resampling, noise, bias and activation, against float64.
+
+On a CPU the kernels run interpreted on small shapes, and all variants are compiled ahead of time; on a GPU they run on
+the shapes of StyleGAN2 too, which is where the kernel with divided warps and the block sizes of its table come in.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ahead_of_time import compiled_launches, meta
+from grids import as_layout
+from interpreted import INTERPRETS, interpreted_leaf, needs_interpreter
+from torch import Tensor
+
+from clone_fast.reference.bias_act import bias_act
+from clone_fast.reference.modulated_conv2d import resampled_conv2d
+
+WHERE = [
+    pytest.param("cpu", marks=needs_interpreter),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(INTERPRETS, reason="Triton interprets here")]),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Triton's interpreter multiplies bfloat16 as if its bits were an integer's.
+RUNS = [pytest.param(*where.values, dtype, marks=where.marks, id=f"{where.values[0]}-{dtype}") for where in WHERE
+        for dtype in DTYPES if (where.values[0], dtype) != ("cpu", torch.bfloat16)]  # fmt: skip
+CONVOLUTIONS = [(1, 1, False), (1, 1, True), (2, 0, False), (2, 0, True), (2, 1, False), (2, 1, True)]
+
+pytestmark = pytest.mark.usefixtures("nan_empty")
+
+
+def leaf(device: str) -> Any:
+    name = "modulated_conv2d"
+    return interpreted_leaf(name) if device == "cpu" else importlib.import_module(f"clone_fast.kernels.{name}")
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def random(device: str, dtype: torch.dtype, *shape: int, layout: str = "contiguous") -> Tensor:
+    """Normal numbers; strided: every other row and all but one column of something larger, transposed."""
+    if layout == "strided":
+        n, c, h, w = shape
+        return torch.randn(n, c, 2 * w, h + 1).to(device, dtype)[:, :, ::2, 1:].transpose(2, 3)
+    return as_layout(torch.randn(shape), layout).to(device, dtype)
+
+
+def conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
+    """The definition, in the tensors' dtype."""
+    if weight.ndim == 5:
+        pairs = zip(x.split(1), weight, strict=True)
+        return torch.cat([conv(image, own, stride, padding, transposed) for image, own in pairs])
+    if transposed:
+        return F.conv_transpose2d(x, weight.transpose(0, 1), stride=stride, padding=padding)
+    return F.conv2d(x, weight, stride=stride, padding=padding)
+
+
+def fused(x: Tensor, weight: Tensor, noise: Any, strength: Any, bias: Any, f: Any, options: dict[str, Any]) -> Tensor:
+    """The definition of `launch`."""
+    weights = weight if weight.ndim == 5 else weight.expand(x.shape[0], *weight.shape)
+    resampling = {"up": options["up"], "down": options["down"], "f": f}
+    images = [resampled_conv2d(image, own, **resampling) for image, own in zip(x.split(1), weights, strict=True)]
+    y = torch.cat(images)
+    if noise is not None:
+        y = y + (noise if strength is None else noise * strength)
+    return bias_act(y, bias, act=options["act"], gain=options["gain"], clamp=options["clamp"])
+
+
+def assert_by_rule(got: Tensor, want: Tensor, plain: Tensor) -> None:
+    """The rule of errors: at most twice that of plain PyTorch in this dtype, plus one rounding; written everywhere."""
+    assert got.shape == want.shape
+    assert got.dtype == plain.dtype
+    error = (got.double() - want).abs().max()
+    allowed = 2 * (plain.double() - want).abs().max() + torch.finfo(got.dtype).eps * want.abs().max()
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def same_layout(y: Tensor, x: Tensor) -> bool:
+    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y.is_contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+
+
+def check_conv(device: str, x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> None:
+    module = leaf(device)
+    assert module.supports_conv(x, weight, stride, padding, transposed) is None
+    got = module.launch_conv(x, weight, stride, padding, transposed)
+    want = conv(x.double(), weight.double(), stride, padding, transposed)
+    assert_by_rule(got, want, conv(x, weight, stride, padding, transposed))
+    assert same_layout(got, x)
+
+
+@pytest.mark.parametrize(("device", "dtype"), RUNS)
+@pytest.mark.parametrize(("stride", "padding", "transposed"), CONVOLUTIONS)
+def test_convolution(device: str, dtype: torch.dtype, stride: int, padding: int, transposed: bool) -> None:
+    for k, per_sample, layout in [(3, True, "channels_last"), (3, False, "contiguous"), (1, True, "strided")]:
+        for n, i, o, height, width in [(2, 16, 8, 4, 6), (1, 3, 5, 5, 3), (2, 9, 24, 7, 3)]:
+            x = random(device, dtype, n, i, height, width, layout=layout)
+            weight = random(device, dtype, *([n] if per_sample else []), o, i * k * k, 1, 1).reshape(
+                [*([n] if per_sample else []), o, i, k, k]
+            )
+            check_conv(device, x, weight, stride, min(padding, k // 2), transposed)
+
+
+@pytest.mark.parametrize("device", WHERE)
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (9, 1), (2, 2)])
+def test_edges_of_one_pixel(device: str, size: tuple[int, int]) -> None:
+    for stride, padding, transposed in CONVOLUTIONS:
+        x = random(device, torch.float16, 1, 8, *size, layout="channels_last")
+        weight = random(device, torch.float16, 8, 8, 3, 3)
+        if not transposed and min(size) + 2 * padding < 3:
+            continue
+        check_conv(device, x, weight, stride, padding, transposed)
+
+
+@pytest.mark.parametrize(("device", "dtype"), RUNS)
+def test_every_memory_order_of_a_weight(device: str, dtype: torch.dtype) -> None:
+    """As PyTorch keeps it, channels_last, as `modulate` returns it, transposed, and a view with odd strides."""
+    x = random(device, dtype, 2, 16, 4, 4, layout="channels_last")
+    shared = random(device, dtype, 16, 16, 3, 3)
+    modulated = random(device, dtype, 2 * 3, 3, 16, 16).reshape(2, 3, 3, 16, 16).permute(0, 3, 4, 1, 2)
+    wide = random(device, dtype, 16, 17, 3, 4)[:, 1:, :, :3]
+    for weight in (shared, shared.contiguous(memory_format=torch.channels_last), modulated, wide, modulated[:1]):
+        for order in (weight, weight.transpose(-3, -4), weight.flip(-1, -2)):
+            check_conv(device, x[: order.shape[0]] if order.ndim == 5 else x, order, 1, 1, False)
+
+
+@pytest.mark.parametrize(("device", "dtype"), RUNS)
+@pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("k", [1, 3])
+def test_fused_forward(device: str, dtype: torch.dtype, up: int, down: int, k: int) -> None:
+    module = leaf(device)
+    filters = [torch.tensor([1.0, 3.0, 3.0, 1.0]).outer(torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64]
+    filters += [torch.rand(3) / 2, torch.rand(2, 5) / 4] if up * down > 1 else []
+    acts = [("lrelu", 1.3, 2.0), ("relu", 0.7, None), ("linear", 1.0, 1.5)]
+    for case, (f, layout) in enumerate(itertools.product(filters, ["channels_last", "contiguous"])):
+        n, i, o, height, width = 2, 16, 8, 4, 6
+        act, gain, clamp = acts[case % 3]
+        size = (height * up // down, width * up // down)
+        x = random(device, dtype, n, i, height, width, layout=layout)
+        weight = random(device, dtype, n, o, i * k * k, 1).reshape(n, o, i, k, k) / (i**0.5 * k)
+        weight = weight[0] if case % 2 else weight
+        noise = [random(device, dtype, n, 1, *size), random(device, dtype, 1, 1, *size)[0, 0], None][case % 3]
+        strength = None if case % 2 else torch.tensor(0.7, dtype=dtype, device=device)
+        bias = None if case % 3 == 1 else random(device, dtype, o, 1, 1, 1).reshape(o)
+        f = f.to(device)
+        options = {"up": up, "down": down, "act": act, "gain": gain, "clamp": clamp}
+        args = (x, weight, noise, strength, bias, f, *options.values())
+        assert module.supports(*args) is None
+        got = module.launch(*args)
+        exact = [None if t is None else t.double() for t in args[:6]]
+        assert_by_rule(got, fused(*exact, options), fused(*args[:6], options))
+        assert same_layout(got, x)
+
+
+@pytest.mark.parametrize("device", WHERE)
+def test_reasons(device: str) -> None:
+    module = leaf(device)
+    x, weight = random(device, torch.float32, 1, 4, 3, 3), random(device, torch.float32, 4, 4, 3, 3)
+    assert "reference only" in module.supports_conv(x.double(), weight.double(), 1, 1, False)
+    assert "dtype" in module.supports_conv(x.half(), weight, 1, 1, False)
+    assert "strides" in module.supports_conv(x, weight, 3, 1, False)
+    assert "activations" in module.supports(x, weight, None, None, None, None, 1, 1, "tanh", 1.0, None)
+    assert "gain" in module.supports(x, weight, None, None, None, None, 1, 1, "relu", -1.0, None)
+
+
+def test_nan_and_infinity_pass_through() -> None:
+    module = leaf("cpu" if INTERPRETS else "cuda")
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0], device="cpu" if INTERPRETS else "cuda")
+    weight = torch.ones(1, 1, 1, 1, device=x.device)
+    args = (weight, None, None, None, None, 1, 1)
+    y = module.launch(x.reshape(1, 1, 1, 4), *args, "relu", 1.0, 2.0).flatten()
+    assert y[0].isnan()
+    assert y[1:].tolist() == [2.0, 0.0, 1.0]
+
+
+SHAPES = [(4, 512), (8, 512), (16, 512), (32, 512), (64, 512), (128, 256), (256, 128), (512, 64), (1024, 32)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("resolution", "channels"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layers_of_stylegan2(resolution: int, channels: int, dtype: torch.dtype) -> None:
+    """Every configuration that the table or the rules choose for StyleGAN2, forward and towards the input."""
+    with tf32(True):
+        for n, (stride, padding, transposed) in itertools.product([1, 3], [*CONVOLUTIONS[:4]]):
+            if n * resolution > 1024:
+                continue
+            x = torch.randn(n, channels, resolution, resolution, device="cuda", dtype=dtype)
+            x = x.contiguous(memory_format=torch.channels_last)
+            weight = torch.randn(n, 3, 3, channels, channels, device="cuda", dtype=dtype).permute(0, 3, 4, 1, 2)
+            got = leaf("cuda").launch_conv(x, weight, stride, padding, transposed)
+            with tf32(False):
+                want = conv(x.float(), weight.float(), stride, padding, transposed)
+            plain = conv(x, weight, stride, padding, transposed)
+            assert_by_rule(got, want.double(), plain)
+
+
+@pytest.mark.gpu
+def test_capture_and_replay() -> None:
+    module = leaf("cuda")
+    x = torch.randn(2, 64, 16, 16, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(64, 64, 3, 3, device="cuda", dtype=torch.bfloat16)
+    f = torch.rand(4, 4, device="cuda")
+    calls = [(1, 1), (2, 1), (1, 2)]
+
+    def run() -> list[Tensor]:
+        return [module.launch(x, weight, None, None, None, f, up, down, "lrelu", 1.0, None) for up, down in calls]
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    for got, want in zip(captured, run(), strict=True):
+        assert torch.equal(got, want)
+
+
+def every_launch() -> None:
+    """Each kind of kernel, in both precisions, at the block sizes that StyleGAN2's layers get."""
+    module = importlib.import_module("clone_fast.kernels.modulated_conv2d")
+    f = meta(4, 4)
+    for dtype, (resolution, channels) in itertools.product(DTYPES[::2], [(8, 512), (64, 512), (256, 128), (512, 64)]):
+        x = meta(1, channels, resolution, resolution, dtype=dtype, channels_last=True)
+        weight = meta(1, 3, 3, channels, channels, dtype=dtype).permute(0, 3, 4, 1, 2)
+        noise, bias = meta(resolution, resolution, dtype=dtype), meta(channels, dtype=dtype)
+        module.launch(x, weight, noise, None, bias, None, 1, 1, "lrelu", 1.0, 256.0)
+        module.launch_conv(x, weight.transpose(-3, -4), 1, 1, True)
+        module.launch(x, weight, None, None, bias, f, 2, 1, "lrelu", 1.0, 256.0)
+        module.launch(x, weight, None, None, bias, f, 1, 2, "lrelu", 1.0, 256.0)
+    x, weight = meta(1, 3, 512, 512, channels_last=True), meta(64, 3, 1, 1)
+    module.launch(x, weight, None, None, meta(64), None, 1, 1, "lrelu", 1.0, None)
+
+
+@pytest.mark.slow
+def test_compiles_for_sm_90() -> None:
+    kernels = compiled_launches(__file__, "every_launch")
+    assert {"_conv_kernel", "_conv_hopper_kernel", "_fir_kernel", "_pack_kernel"} <= {kernel.name for kernel in kernels}
+    for kernel in kernels:
+        assert kernel.spilled == 0, kernel
+        assert kernel.shared <= 227 * 1024, kernel
