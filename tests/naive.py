@@ -182,6 +182,11 @@ def laplacian_pyramid(x: Array, levels: int) -> list[Array]:
     return [np.stack(band).reshape(n, c, *band[0].shape) for band in [*bands, current]]
 
 
+def charbonnier(d: Array, eps: float) -> Array:
+    """The hypotenuse over |d| and eps."""
+    return np.hypot(d, eps)
+
+
 # ---- the networks ------------------------------------------------------------------------------------------------
 
 State = Mapping[str, Array]

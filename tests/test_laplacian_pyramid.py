@@ -29,15 +29,17 @@ def registered(x: Tensor, y: Tensor, *, levels: int = 6, weights: list[float] | 
     return REGISTERED(x, y, levels, [1.0] * levels if weights is None else weights, None, False, "reference")[0]
 
 
-def expected_loss(x: Tensor, y: Tensor, levels: int, weights: list[float] | None = None) -> float:
-    """The bands of both images, each on its own."""
+def expected_loss(
+    x: Tensor, y: Tensor, levels: int, weights: list[float] | None = None, charbonnier: float = 0.0
+) -> float:
+    """The bands of both images, each on its own. Charbonnier's distance with eps = 0 is the absolute value."""
     bands = zip(
         naive.laplacian_pyramid(naive.array(x), levels),
         naive.laplacian_pyramid(naive.array(y), levels),
         [1.0] * levels if weights is None else weights,
         strict=True,
     )
-    return float(sum(weight * np.abs(one - other).mean() for one, other, weight in bands))
+    return float(sum(weight * naive.charbonnier(one - other, charbonnier).mean() for one, other, weight in bands))
 
 
 # ---- the pyramid -------------------------------------------------------------------------------------------------
@@ -132,6 +134,34 @@ def test_loss(function: Callable[..., Tensor], size: tuple[int, int], levels: in
     loss = function(x, y, levels=levels, weights=weights)
     assert loss.shape == ()
     assert loss.item() == pytest.approx(expected_loss(x, y, levels, weights), rel=1e-12)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("levels", "weights"), [(1, None), (3, [1, 0, 2.5]), (6, None)])
+@pytest.mark.parametrize("eps", [1e-3, 0.5])
+def test_charbonnier(size: tuple[int, int], levels: int, weights: list[float] | None, eps: float) -> None:
+    x, y = double(2, 3, *size), double(2, 3, *size)
+    loss = laplacian_pyramid_loss(x, y, levels=levels, weights=weights, charbonnier=eps)
+    assert loss.item() == pytest.approx(expected_loss(x, y, levels, weights, eps), rel=1e-12)
+
+
+def test_gradcheck_of_charbonnier() -> None:
+    x, y = double(1, 2, 5, 4).requires_grad_(), double(1, 2, 5, 4).requires_grad_()
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return laplacian_pyramid_loss(x, y, levels=3, weights=[1, 2, 3], charbonnier=0.1)
+
+    assert gradcheck(loss, (x, y))
+    assert gradgradcheck(loss, (x, y))
+
+
+def test_charbonnier_of_equal_images() -> None:
+    """eps at every level, and flat there."""
+    x = double(1, 3, 8, 8).requires_grad_()
+    loss = laplacian_pyramid_loss(x, x.detach().clone(), levels=3, weights=[1, 2, 4], charbonnier=0.25)
+    assert loss.item() == 7 * 0.25
+    loss.backward()
+    assert (x.grad == 0).all()
 
 
 def test_loss_is_lap1_per_element() -> None:

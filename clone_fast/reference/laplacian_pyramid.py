@@ -54,16 +54,6 @@ def distance(d: Tensor, charbonnier: float | None) -> Tensor:
     return d.abs() if charbonnier is None else (d.square() + charbonnier**2).sqrt()
 
 
-def distance(x: Tensor, charbonnier: float | None) -> Tensor:
-    """|x|, or smooth at zero sqrt(x^2 + eps^2) with eps = charbonnier.
-
-    Charbonnier et al., "Two deterministic half-quadratic regularization algorithms for computed imaging", ICIP 1994; over
-    the levels of a pyramid by Lai et al., "Deep Laplacian pyramid networks for fast and accurate super-resolution",
-    CVPR 2017.
-    """
-    return x.abs() if charbonnier is None else (x.square() + charbonnier**2).sqrt()
-
-
 def laplacian_pyramid_loss(
     x: Tensor,
     y: Tensor,
