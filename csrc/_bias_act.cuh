@@ -4,6 +4,8 @@
 // code; otherwise the activation is chosen at run time, by a branch that all threads take alike.
 #pragma once
 
+#include <cmath>
+
 #include "bias_act.h"
 #include "launch.cuh"
 
@@ -18,8 +20,10 @@ struct Formula {
     float below;  // slope of the rectified kind for z < 0
     float gain;
     float clamp;  // NaN: none, since no comparison with it is true
+    float limit;  // the same, but infinity: none
 
-    explicit Formula(const BiasAct& op) : act(op.act), below(op.alpha), gain(op.gain), clamp(op.clamp) {
+    explicit Formula(const BiasAct& op)
+        : act(op.act), below(op.alpha), gain(op.gain), clamp(op.clamp), limit(std::isnan(op.clamp) ? INFINITY : op.clamp) {
         if (act == Act::linear) below = 1.0f;
         if (act == Act::relu) below = 0.0f;
     }
@@ -88,27 +92,37 @@ __device__ __forceinline__ float curvature(const Formula& f, float z) {
 // Whether the value stands at the clamp or beyond, where no gradient passes.
 template <bool kRectified>
 __device__ __forceinline__ bool is_clamped(const Formula& f, float z) {
-    if (isnan(f.clamp)) return false;  // spares the smooth ones an activation
-    const float y = f.gain * activation<kRectified>(f, z);
-    return y >= f.clamp || y <= -f.clamp;
+    if (!kRectified && isnan(f.clamp)) return false;  // spares the smooth ones an activation
+    return fabsf(f.gain * activation<kRectified>(f, z)) >= f.clamp;
+}
+
+// y within [-limit, limit]; NaN stays NaN.
+__device__ __forceinline__ float limited(float y, float limit) {
+#if __CUDA_ARCH__ >= 800
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(y), "f"(limit));
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(y), "f"(-limit));
+    return y;
+#else
+    return y > limit ? limit : y < -limit ? -limit : y;
+#endif
 }
 
 template <bool kRectified>
 __device__ __forceinline__ float value(const Formula& f, float z) {
-    const float y = f.gain * activation<kRectified>(f, z);
-    return y > f.clamp ? f.clamp : y < -f.clamp ? -f.clamp : y;
+    return limited(f.gain * activation<kRectified>(f, z), f.limit);
 }
 
 // dy * d value / dz. Where the slope is 0 the result is, whatever dy holds.
 template <bool kRectified>
 __device__ __forceinline__ float gradient(const Formula& f, float dy, float z) {
-    if (is_clamped<kRectified>(f, z)) return 0.0f;
-    const float scaled = dy * f.gain;
+    float dz = dy * f.gain;
     if (kRectified || Formula::is_rectified(f.act)) {
-        const float low = f.below == 0.0f ? 0.0f : scaled * f.below;
-        return z <= 0.0f ? low : scaled;
+        const float low = f.below == 0.0f ? 0.0f : dz * f.below;
+        dz = z <= 0.0f ? low : dz;
+    } else {
+        dz *= smooth_slope(f, z);
     }
-    return scaled * smooth_slope(f, z);
+    return is_clamped<kRectified>(f, z) ? 0.0f : dz;
 }
 
 // v * dy * d^2 value / dz^2

@@ -14,7 +14,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kUnroll = 2;
-constexpr int kBlocksPerProcessor = 8;  // how finely the work is cut
+// How finely the work is cut. Each block of rows leaves a sum for every column, and these have to be summed again.
+constexpr int kRowBlocksPerProcessor = 4, kPlaneBlocksPerProcessor = 8;
 constexpr int kSumThreads = 1024;
 
 // kWidth elements that one thread moves at once: 16 bytes, or a single element where memory is not aligned to that.
@@ -88,7 +89,7 @@ struct Rows {
 };
 
 template <typename T, int kWidth, bool kRectified>
-__global__ void __launch_bounds__(kThreads) gradients_rows(Formula f, Rows shape, Tensors<T> t) {
+__global__ void __launch_bounds__(kThreads, 4) gradients_rows(Formula f, Rows shape, Tensors<T> t) {
     __shared__ float sums[kThreads * kWidth];
     let_the_next_kernel_start();
     const int together = kThreads / shape.tile;  // rows that the block covers at a time
@@ -137,7 +138,7 @@ struct Planes {
 };
 
 template <typename T, int kWidth, bool kRectified>
-__global__ void __launch_bounds__(kThreads) gradients_planes(Formula f, Planes shape, Tensors<T> t) {
+__global__ void __launch_bounds__(kThreads, 4) gradients_planes(Formula f, Planes shape, Tensors<T> t) {
     let_the_next_kernel_start();
     const bool is_block = shape.group == kThreads;
     const int of_block = is_block ? blockIdx.x / shape.chunks : blockIdx.x * (kThreads / shape.group);
@@ -209,9 +210,10 @@ struct Plan {
 
 Plan plan(const BiasAct& op, bool aligned) {
     const int lanes = op.dtype == Dtype::float32 ? 4 : 8;
-    const std::int64_t blocks = std::int64_t{kBlocksPerProcessor} * multiprocessors(kBiasAct);
     Plan p;
     p.is_rows = op.inner == 1;
+    const std::int64_t blocks =
+        std::int64_t{multiprocessors(kBiasAct)} * (p.is_rows ? kRowBlocksPerProcessor : kPlaneBlocksPerProcessor);
     if (p.is_rows) {
         // Several rows count as one where that makes it a whole number of vectors: RGB in channels_last.
         const std::int64_t fold = lanes / std::gcd<std::int64_t>(op.channels, lanes);
@@ -260,8 +262,8 @@ void launch(const BiasAct& op, const Plan& p, const Tensors<T>& t, cudaStream_t 
 // The sum may be scheduled while the gradient still runs; it waits inside for its end.
 template <typename T>
 void launch_sum(const float* partial, std::int64_t count, std::int64_t channels, T* db, cudaStream_t stream) {
-    int tile = 1;
-    while (tile < 32 && tile < channels) tile *= 2;
+    int tile = 1;  // channels of a block: few, so that many blocks share the work
+    while (tile < 8 && tile < channels) tile *= 2;
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;

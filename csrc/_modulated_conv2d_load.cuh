@@ -15,6 +15,12 @@ namespace clone_fast::conv3x3 {
 constexpr int kThreads = 256;
 constexpr int kUnit = 16;
 constexpr int kRows = 8;  // of a step
+// What a block may have on the architecture that is compiled for; kernels that need more are left empty there.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
+constexpr int kMostSharedMemory = 99 << 10;
+#else
+constexpr int kMostSharedMemory = 227 << 10;
+#endif
 constexpr int kHaloRing = 2 * kRows + 2;  // the rows that a step needs, with its halo, and those that the next adds
 
 template <int kChunks_, int kCols_, int kRows_>
@@ -75,6 +81,14 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], const std::uint32
     if constexpr (std::is_same_v<T, Half>) CLONE_FAST_MMA("f16.f16");
     else CLONE_FAST_MMA("bf16.bf16");
 #undef CLONE_FAST_MMA
+}
+
+// Whether a device has the instructions and so many bytes of shared memory for a block.
+inline bool device_fits(int device, int bytes) {
+    int there = 0, major = 0;
+    check(cudaDeviceGetAttribute(&there, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "modulated_conv2d");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "modulated_conv2d");
+    return major >= 8 && bytes <= there;
 }
 
 // Rows y .. y + kCount - 1, columns x .. x + kCols - 1 of the image, zeros outside it, to the rows of the ring from

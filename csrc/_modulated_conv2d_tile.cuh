@@ -178,6 +178,7 @@ __global__ void __launch_bounds__(kThreads, Layout<kIn, kOut>::kBlocks)
     conv3x3_kernel(const __grid_constant__ Conv3x3 op) {
     using L = Layout<kIn, kOut>;
     using Input = typename L::Input;
+    if constexpr (L::kBytes > kMostSharedMemory) return;
     extern __shared__ __align__(128) unsigned char memory[];
     const std::uint32_t input = shared_address(memory), weights = input + Input::kBytes;
     float* bias = reinterpret_cast<float*>(memory + Input::kBytes + L::kWeightBytes);

@@ -101,6 +101,7 @@ __device__ __forceinline__ void each_pair(WarpSums& sums, int first_a, int first
 template <typename T, int kA, int kB>
 __global__ void __launch_bounds__(kThreads, 1) conv3x3_wgrad_kernel(const __grid_constant__ Conv3x3Wgrad op) {
     using W = Walk<kA, kB>;
+    if constexpr (W::kBytes > kMostSharedMemory) return;
     extern __shared__ __align__(128) unsigned char memory[];
     const std::uint32_t tile_a = shared_address(memory), tile_b = tile_a + W::InputA::kBytes;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, task = warp % W::kTasks, group = warp / W::kTasks;
@@ -209,6 +210,12 @@ void launch_wgrad(const Conv3x3Wgrad& op, cudaStream_t stream) {
 }
 
 }  // namespace conv3x3
+
+bool modulated_conv2d_3x3_wgrad_fits(int device, int channels_a, int channels_b) {
+    using namespace conv3x3;
+    const bool wide = channels_a > 32 || channels_b > 32;
+    return device_fits(device, wide ? Walk<64, 64>::kBytes : Walk<32, 32>::kBytes);
+}
 
 int modulated_conv2d_3x3_wgrad_partials(int n, int height, int width, int results) {
     const std::int64_t steps = static_cast<std::int64_t>(n / results) * ceil_div(height, conv3x3::kRows);

@@ -27,10 +27,7 @@ struct ResampledConv {
     float clamp;  // infinity: none
 };
 
-// Compute capability 9.0 only. Throws where the weights of 32 output channels do not fit into shared memory.
+// Compute capability 9.0 only, and at most 64 input channels.
 void resampled_conv_up(const ResampledConv& op, cudaStream_t stream);
-
-// Bytes of shared memory that one block of the above takes, at least.
-int resampled_conv_up_shared_memory(int in_channels);
 
 }  // namespace clone_fast

@@ -9,6 +9,13 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
     return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x, not shared with any other use of it.
+__device__ __forceinline__ int read_thread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 // 16 bytes from device to shared memory; zeros where not `inside`, and then `from` is not read.
 __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from, bool inside) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
@@ -45,11 +52,38 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&to)[4], std::uint3
                  : "memory");
 }
 
-__device__ __forceinline__ uint2 load_shared8(std::uint32_t from) {
-    uint2 bytes;
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(bytes.x), "=r"(bytes.y) : "r"(from) : "memory");
-    return bytes;
+__device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&to)[4], std::uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
 }
+
+#define CLONE_FAST_MMA_16(types)                                                                                 \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." types ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "      \
+        "{%0, %1, %2, %3};"                                                                                      \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                         \
+        : "r"(a[0]), "r"(a[1]), "r"(next_a[0]), "r"(next_a[1]), "r"(b), "r"(next_b))
+#define CLONE_FAST_MMA_8(types)                                                                                  \
+    asm("mma.sync.aligned.m16n8k8.row.col.f32." types ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"  \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                         \
+        : "r"(a[0]), "r"(a[1]), "r"(b))
+
+// d += a b: 16 rows x 8 columns of a warp, 16 terms in two halves, or 8.
+template <typename T>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const std::uint32_t (&a)[2],
+                                             const std::uint32_t (&next_a)[2], std::uint32_t b, std::uint32_t next_b) {
+    if constexpr (std::is_same_v<T, Half>) CLONE_FAST_MMA_16("f16.f16");
+    else CLONE_FAST_MMA_16("bf16.bf16");
+}
+template <typename T>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const std::uint32_t (&a)[2], std::uint32_t b) {
+    if constexpr (std::is_same_v<T, Half>) CLONE_FAST_MMA_8("f16.f16");
+    else CLONE_FAST_MMA_8("bf16.bf16");
+}
+
+#undef CLONE_FAST_MMA_16
+#undef CLONE_FAST_MMA_8
 
 __device__ __forceinline__ void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -59,8 +93,8 @@ __device__ __forceinline__ void group_wait() {
 }
 
 // A matrix in shared memory without swizzle: 8 rows x 16 bytes lie together in 128 bytes, the next 8 rows follow, the
-// next 16 bytes of the same rows are `pitch` bytes away. Two halves of a descriptor; units (of 16 bytes) may be added to
-// the lower one.
+// next 16 bytes of the same rows are `pitch` bytes away. Two halves of a descriptor; units of 16 bytes may be added
+// to the lower one.
 struct Matrix {
     std::uint32_t low, high;
     __device__ __forceinline__ Matrix(std::uint32_t address, std::uint32_t pitch)
@@ -69,7 +103,8 @@ struct Matrix {
 
 #define CLONE_FAST_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define CLONE_FAST_WGMMA(types)                                                                               \
-    asm volatile("{.reg .pred p; .reg .b64 b; setp.ne.b32 p, %22, 0; mov.b64 b, {%20, %21}; wgmma.mma_async.sync.aligned.m64n32k16.f32." types    \
+    asm volatile("{.reg .pred p; .reg .b64 b; setp.ne.b32 p, %22, 0; mov.b64 b, {%20, %21}; "                 \
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32." types                                          \
                  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "                  \
                  "{%16, %17, %18, %19}, b, p, 1, 1, 0;}"                                                    \
                  : CLONE_FAST_D4(0), CLONE_FAST_D4(4), CLONE_FAST_D4(8), CLONE_FAST_D4(12)                    \

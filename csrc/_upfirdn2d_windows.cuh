@@ -12,8 +12,8 @@
 
 namespace clone_fast::fir {
 
-inline constexpr int kThreads = 128, kBlocks = 4;    // of threads, on a multiprocessor
-inline constexpr int kGroup = 2, kStages = 3;        // rows for a barrier; such groups in shared memory
+inline constexpr int kThreads = 128, kBlocks = 4;  // in a block; of them on a multiprocessor
+inline constexpr int kGroup = 2, kStages = 3;      // rows from barrier to barrier; such groups in shared memory
 static_assert(4 % kGroup == 0 && kStages >= 2);
 
 // An image is h x w pixels of c numbers (NCHW: a plane, c = 1). Its output is cut into bands of rows, strips of columns
@@ -59,7 +59,8 @@ struct Place {
 // To shared memory, past the L1; zeros where not `real`, and then nothing is read.
 __device__ __forceinline__ void copy16_async(std::uint32_t to, const void* from, bool real) {
     asm volatile(
-        "{ .reg .pred skip; setp.eq.u32 skip, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, skip; }" ::"r"(to),
+        "{ .reg .pred skip; setp.eq.u32 skip, %2, 0;"
+        " cp.async.cg.shared.global.L2::128B [%0], [%1], 16, skip; }" ::"r"(to),
         "l"(from), "r"(static_cast<std::uint32_t>(real))
         : "memory");
 }
@@ -85,7 +86,7 @@ struct Vectors {
     }
 
     const T* x;  // where this thread's first copy of the next row comes from
-    T* y;        // this thread's first number of the next row of output, of which the first `lead` lie before the band
+    T* y;        // this thread's part of the next row of output, of which the first `lead` lie before the band
     int iy, end, row, out_row, c, skipped, stored;
     std::uint32_t into, from, wrap, row_bytes;  // in shared memory: the next row's copy; this thread's next window
     std::uint32_t copies_left, reads_left;      // bytes until the end of the ring
@@ -155,7 +156,8 @@ struct Vectors {
         Bytes16 bytes;
         asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(bytes.x), "=r"(bytes.y), "=r"(bytes.z), "=r"(bytes.w)
-                     : "r"(address));
+                     : "r"(address)
+                     : "memory");
         return bytes;
     }
     template <int u>

@@ -36,27 +36,44 @@ struct BiasIndex {
     }
 };
 
+// The bias of a vector, as it comes from memory: asked for early, together with the vector itself.
 template <typename T>
-__device__ __forceinline__ void load_bias(const T* b, const BiasIndex& index, std::uint32_t vector,
-                                          float (&bias)[kLanes<T>]) {
-    if (index.mode == BiasMode::row) {
+struct Bias {
+    float same = 0.0f;
+    Bytes16 row;
+
+    __device__ __forceinline__ void load(const T* b, const BiasIndex& index, std::uint32_t vector) {
         std::uint32_t c;
-        index.channel_vectors.divide(vector, c);
-        unpack<T>(load16(b + c * kLanes<T>), bias);
-    } else if (index.mode == BiasMode::each) {
-#pragma unroll
-        for (int l = 0; l < kLanes<T>; ++l) bias[l] = to_float(b[index.channel(vector * kLanes<T> + l)]);
-    } else {
-        float same = 0.0f;
-        if (index.mode == BiasMode::one) {
-            std::uint32_t c;
+        if (index.mode == BiasMode::row) {
+            index.channel_vectors.divide(vector, c);
+            row = load16(b + c * kLanes<T>);
+        } else if (index.mode == BiasMode::one) {
             index.channels.divide(index.inner_vectors.divide(vector), c);
             same = to_float(b[c]);
         }
-#pragma unroll
-        for (int l = 0; l < kLanes<T>; ++l) bias[l] = same;
     }
-}
+
+    __device__ __forceinline__ void get(const T* b, const BiasIndex& index, std::uint32_t vector,
+                                        float (&bias)[kLanes<T>]) const {
+        if (index.mode == BiasMode::row) {
+            unpack<T>(row, bias);
+        } else if (index.mode == BiasMode::each) {
+            std::uint32_t i, c;
+            index.channels.divide(index.inner.divide(vector * kLanes<T>, i), c);
+#pragma unroll
+            for (int l = 0; l < kLanes<T>; ++l) {
+                bias[l] = to_float(b[c]);
+                if (++i == index.inner.divisor) {
+                    i = 0;
+                    c = c + 1 == index.channels.divisor ? 0 : c + 1;
+                }
+            }
+        } else {
+#pragma unroll
+            for (int l = 0; l < kLanes<T>; ++l) bias[l] = same;
+        }
+    }
+};
 
 // kOrder 0: value of x; 1: gradient of x, dy; 2: second of x, dy, v.
 template <typename T>
@@ -77,6 +94,7 @@ __global__ void __launch_bounds__(kThreads) elementwise(Formula f, BiasIndex ind
     constexpr int kInputs = kOrder + 1, kUnroll = kOrder == 0 ? 4 : 2, kWidth = kLanes<T>;
     const std::uint32_t first = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
     Bytes16 loaded[kUnroll][kInputs];
+    Bias<T> biases[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
         const std::uint32_t vector = first + u * kThreads;
@@ -86,11 +104,13 @@ __global__ void __launch_bounds__(kThreads) elementwise(Formula f, BiasIndex ind
         }
     }
 #pragma unroll
+    for (int u = 0; u < kUnroll; ++u) biases[u].load(b, index, first + u * kThreads);
+#pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
         const std::uint32_t vector = first + u * kThreads;
         if (vector < vectors) {
             float bias[kWidth], numbers[3][kWidth], result[kWidth];
-            load_bias(b, index, vector, bias);
+            biases[u].get(b, index, vector, bias);
 #pragma unroll
             for (int k = 0; k < kInputs; ++k) unpack<T>(loaded[u][k], numbers[k]);
 #pragma unroll

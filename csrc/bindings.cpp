@@ -110,9 +110,9 @@ PYBIND11_MODULE(_C, module) {
                                 strides[2], strides[3], strides[4], noise_stride, weight_rows, floats[0], floats[1],
                                 floats[2], positive, negative, clamp, portable, blocks};
              }),
-             py::kw_only(), "dtype"_a, "n"_a, "height"_a, "width"_a, "in_channels"_a, "out_channels"_a, "x"_a, "weight"_a,
-             "y"_a, "noise"_a, "strength"_a, "bias"_a, "weight_strides"_a, "noise_stride"_a, "weight_rows"_a, "floats"_a,
-             "positive"_a, "negative"_a, "clamp"_a, "portable"_a, "blocks"_a);
+             py::kw_only(), "dtype"_a, "n"_a, "height"_a, "width"_a, "in_channels"_a, "out_channels"_a, "x"_a,
+             "weight"_a, "y"_a, "noise"_a, "strength"_a, "bias"_a, "weight_strides"_a, "noise_stride"_a,
+             "weight_rows"_a, "floats"_a, "positive"_a, "negative"_a, "clamp"_a, "portable"_a, "blocks"_a);
     module.def(
         "modulated_conv2d_3x3",
         [](const Conv3x3& op, Address stream) { modulated_conv2d_3x3(op, stream_of(stream)); }, unlocked);
@@ -128,6 +128,7 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "modulated_conv2d_3x3_wgrad",
         [](const Conv3x3Wgrad& op, Address stream) { modulated_conv2d_3x3_wgrad(op, stream_of(stream)); }, unlocked);
+    module.def("modulated_conv2d_3x3_wgrad_fits", &modulated_conv2d_3x3_wgrad_fits);
     module.def("modulated_conv2d_3x3_wgrad_partials", &modulated_conv2d_3x3_wgrad_partials);
 
     // ---- modulated_conv2d, resampling by 2
@@ -147,7 +148,6 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "resampled_conv_up",
         [](const ResampledConv& op, Address stream) { resampled_conv_up(op, stream_of(stream)); }, unlocked);
-    module.def("resampled_conv_up_shared_memory", &resampled_conv_up_shared_memory);
 
     // ---- upfirdn2d
     using Pair = std::array<int, 2>;  // [x, y], but sizes are [height, width]

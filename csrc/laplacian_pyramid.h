@@ -28,8 +28,9 @@ struct LaplacianPyramid {
 // Bytes of workspace of a call of laplacian_pyramid; with slopes the inner levels keep theirs there.
 std::int64_t laplacian_pyramid_workspace(const LaplacianPyramid& op, bool keep);
 
-// Writes `loss`, one float32. `slope` and `coarse` are null, or what laplacian_pyramid_backward wants: rho' of the finest
-// band [N, C, H, W], int8 for |d| and float32 for Charbonnier; d loss / d level 1 [N, C, ceil(H/2), ceil(W/2)], float32.
+// Writes `loss`, one float32. `slope` and `coarse` are null, or what laplacian_pyramid_backward wants: rho' of the
+// finest band [N, C, H, W], int8 for |d| and float32 for Charbonnier; d loss / d level 1 [N, C, ceil(H/2), ceil(W/2)],
+// float32.
 void laplacian_pyramid(const LaplacianPyramid& op, const void* x, const ImageStrides& x_strides, const void* y,
                        const ImageStrides& y_strides, float* loss, void* slope, float* coarse, void* workspace,
                        cudaStream_t stream);

@@ -1,9 +1,50 @@
-// The kernels of laplacian_pyramid that go down one level and up one level, tile by tile.
+// The kernels of laplacian_pyramid that go down one level and up one level.
 #pragma once
 
-#include "laplacian_pyramid_tile.cuh"
+#include "laplacian_pyramid_strip.cuh"
 
 namespace clone_fast::pyramid {
+
+// Size of the fine level, and how the blocks share it: strips of 128 columns, tiles of rows.
+struct Level {
+    int height, width;
+    int strips, tiles;
+
+    __device__ __forceinline__ int low_height() const { return (height + 1) / 2; }
+    __device__ __forceinline__ int low_width() const { return (width + 1) / 2; }
+};
+
+// kWarps warps for each of kPlanes planes, one above the other, with kRows rows each.
+template <int kWarps, int kRows, int kPlanes = 1>
+struct Tile {
+    static constexpr int warps = kWarps, warp_rows = kRows, planes = kPlanes;
+    static constexpr int rows = kWarps * kRows, threads = 32 * kWarps * kPlanes;
+    static constexpr int resident = 896 / threads;  // blocks of a multiprocessor: 72 registers for each thread
+};
+
+// Where this thread stands.
+template <class Tile>
+struct Place {
+    int group;        // of Tile::planes planes
+    int y0, x0;       // of the block: first row, and first column, which may lie outside
+    int plane, y, x;  // of the thread: plane of the group, first row of the warp, first of four columns
+    bool own;         // the columns are this strip's and inside the image
+
+    __device__ __forceinline__ explicit Place(const Level& level) {
+        const unsigned row = blockIdx.x / level.strips;
+        const int strip = static_cast<int>(blockIdx.x - row * level.strips), lane = threadIdx.x % 32;
+        const int warp = static_cast<int>(threadIdx.x) / 32;
+        group = static_cast<int>(row / level.tiles);
+        y0 = static_cast<int>(row - group * level.tiles) * Tile::rows;
+        const bool overlaps = level.strips > 1;
+        x0 = overlaps ? strip * kStep - 4 : 0;
+        plane = warp / Tile::warps;
+        y = y0 + warp % Tile::warps * Tile::warp_rows;
+        x = x0 + 4 * lane;
+        own = x < level.width && (!overlaps || (lane > 0 && lane < 31));
+    }
+    __device__ __forceinline__ std::int64_t image() const { return std::int64_t{group} * Tile::planes + plane; }
+};
 
 // ---- down one level ----------------------------------------------------------------------------------------------
 
@@ -14,302 +55,283 @@ struct Down {
     Level level;
     bool vectors;  // four neighbours of a row may be loaded at once, from x and from y
     bool last;     // no level below: the band is the level itself
-    Rho rho;
-    float scale;     // weight / number of elements
-    float* low;      // the level below, [planes, h, w]
-    void* slope;     // rho' of the band, [planes, H, W], or null
-    float* partial;  // one sum of scale * rho for each block
+    float eps_squared;
+    double scale;     // weight / number of elements
+    float* low;       // the level below, [planes, h, w]
+    void* slope;      // rho' of the band, [planes, H, W], or null
+    double* partial;  // one sum of scale * rho for each block
 };
 
-template <typename T>
-__device__ __forceinline__ const T* plane_of(const void* x, const ImageStrides& s, int n, int c) {
-    return static_cast<const T*>(x) + n * s.n + c * s.c;
-}
+// x - y, where -0 becomes 0: see Rho::slope.
+__device__ __forceinline__ float difference(float x, float y) { return (x - y) + 0.0f; }
 
-// x - y at rows and columns clamped into the image -> fine.
+// x - y of the block's tile, four rows more above and three below, repeated outside the image, into shared memory.
 template <typename T, bool kDifference, class Tile>
-__device__ __forceinline__ void load_difference(Tile& tile, const Down& a, const Place<Tile>& at) {
-    const int n = at.group * Tile::planes / a.channels, c = at.group * Tile::planes % a.channels;
-    const T* x = plane_of<T>(a.x, a.x_strides, n, c);
-    const T* y = kDifference ? plane_of<T>(a.y, a.y_strides, n, c) : nullptr;
-    const int top = at.y0 - 4, left = at.x0 - 4, height = a.level.height, width = a.level.width;
+__device__ __forceinline__ void load_difference(float (&fine)[Tile::planes][Tile::rows + 7][kStrip], const Down& a,
+                                                const Place<Tile>& at) {
+    const int first = at.group * Tile::planes, n = first / a.channels, c = first % a.channels;
+    const T* x = static_cast<const T*>(a.x) + n * a.x_strides.n + c * a.x_strides.c;
+    const T* y = static_cast<const T*>(a.y) + (kDifference ? n * a.y_strides.n + c * a.y_strides.c : 0);
+    const int height = a.level.height, width = a.level.width;
     if (Tile::planes == 1 && !a.vectors) {
-        constexpr int items = Tile::planes * Tile::fine_rows * Tile::pitch;
-        float* fine = &tile.fine[0][0][0];
-#pragma unroll 4
-        for (int item = threadIdx.x; item < items; item += Tile::threads) {
-            const int plane = item / (Tile::fine_rows * Tile::pitch), rest = item % (Tile::fine_rows * Tile::pitch);
-            const std::int64_t row = clamped(top + rest / Tile::pitch, height);
-            const std::int64_t column = clamped(left + rest % Tile::pitch, width);
-            float v = to_float(x[plane * a.x_strides.c + row * a.x_strides.h + column * a.x_strides.w]);
-            if constexpr (kDifference) {
-                v -= to_float(y[plane * a.y_strides.c + row * a.y_strides.h + column * a.y_strides.w]);
+#pragma unroll 1
+        for (int r = threadIdx.x / 32; r < Tile::rows + 7; r += Tile::threads / 32) {
+            const std::int64_t row = clamped(at.y0 - 4 + r, height);
+#pragma unroll 1
+            for (int i = threadIdx.x % 32; i < kStrip; i += 32) {
+                const std::int64_t column = clamped(at.x0 + i, width);
+                float v = to_float(x[row * a.x_strides.h + column * a.x_strides.w]);
+                if constexpr (kDifference) v = difference(v, to_float(y[row * a.y_strides.h + column * a.y_strides.w]));
+                fine[0][r][i] = v;
             }
-            fine[item] = v;
         }
         return;
     }
-    // A row of the tile is `planes` numbers for each pixel, in memory as here; W % 4 == 0, so that four of them lie
-    // inside the image or outside.
-    constexpr int fours = Tile::planes * Tile::pitch / 4, items = Tile::fine_rows * fours;
-    constexpr int count = ceil_div(items, Tile::threads);
-    typename Four<T>::Bytes raw_x[count] = {}, raw_y[count] = {};
+    // A row of the tile is `planes` numbers for each pixel, in memory as here, and width % 4 == 0, so that four of them
+    // lie inside the image or outside. What is outside is not read by anybody: see Columns.
+    constexpr int fours = Tile::planes * kStrip / 4, step = Tile::threads / fours;
+    constexpr int count = ceil_div(Tile::rows + 7, step);
+    static_assert(Tile::threads % fours == 0);
+    const int four = threadIdx.x % fours, top = threadIdx.x / fours;
+    const int column = min(max(at.x0 * Tile::planes + 4 * four, 0), width * Tile::planes - 4);
+    constexpr int batch = 5;  // loads in flight for each thread and image
+    typename Four<T>::Bytes raw_x[batch], raw_y[batch];
 #pragma unroll
     for (int k = 0; k < count; ++k) {
-        const int item = threadIdx.x + k * Tile::threads;
-        const std::int64_t row = clamped(top + item / fours, height);
-        const int column = left * Tile::planes + item % fours * 4;
-        if (item < items && column >= 0 && column < width * Tile::planes) {
-            raw_x[k] = Four<T>::load(x + row * a.x_strides.h + column);
-            if constexpr (kDifference) raw_y[k] = Four<T>::load(y + row * a.y_strides.h + column);
+        if (k % batch == 0) {
+#pragma unroll
+            for (int i = k; i < k + batch && i < count; ++i) {
+                const std::int64_t row = clamped(at.y0 - 4 + top + i * step, height);
+                raw_x[i % batch] = Four<T>::load(x + row * a.x_strides.h + column);
+                if constexpr (kDifference) raw_y[i % batch] = Four<T>::load(y + row * a.y_strides.h + column);
+            }
         }
-    }
-#pragma unroll
-    for (int k = 0; k < count; ++k) {
-        const int item = threadIdx.x + k * Tile::threads;
-        const int row = item / fours, first = item % fours * 4;
+        const int r = top + k * step;
         float v[4], w[4];
-        Four<T>::unpack(raw_x[k], v);
+        Four<T>::unpack(raw_x[k % batch], v);
         if constexpr (kDifference) {
-            Four<T>::unpack(raw_y[k], w);
+            Four<T>::unpack(raw_y[k % batch], w);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) v[i] -= w[i];
+            for (int i = 0; i < 4; ++i) v[i] = difference(v[i], w[i]);
         }
-        if (item >= items) continue;
+        if (r >= Tile::rows + 7) break;
         if constexpr (Tile::planes == 1) {
-            *reinterpret_cast<float4*>(&tile.fine[0][row][first]) = make_float4(v[0], v[1], v[2], v[3]);
+            *reinterpret_cast<float4*>(&fine[0][r][4 * four]) = make_float4(v[0], v[1], v[2], v[3]);
         } else {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) tile.fine[(first + i) % Tile::planes][row][(first + i) / Tile::planes] = v[i];
+            for (int i = 0; i < 4; ++i) fine[(4 * four + i) % Tile::planes][r][(4 * four + i) / Tile::planes] = v[i];
         }
-    }
-    const int end = min(width - left, Tile::pitch);  // the first column right of the image
-    if (left >= 0 && end == Tile::pitch) return;
-    __syncthreads();
-    for (int item = threadIdx.x; item < Tile::planes * Tile::fine_rows; item += Tile::threads) {
-        float* row = &tile.fine[0][0][0] + item * Tile::pitch;
-        for (int i = 0; i < -left; ++i) row[i] = row[-left];
-        for (int i = end; i < Tile::pitch; ++i) row[i] = row[end - 1];
     }
 }
 
-template <typename T, bool kDifference, class Tile>
-__global__ void __launch_bounds__(Tile::threads) down_level(const __grid_constant__ Down a) {
-    __shared__ __align__(16) Tile tile;
+// kAligned: the level's width is a multiple of 4.
+template <typename T, bool kDifference, bool kAbsolute, bool kAligned, class Tile>
+__global__ void __launch_bounds__(Tile::threads, Tile::resident) down_level(const __grid_constant__ Down a) {
+    __shared__ __align__(16) float fine[Tile::planes][Tile::rows + 7][kStrip];
     const Place<Tile> at(a.level);
-    const int first_row = at.y0 / 2 - 1, first_column = at.x0 / 2 - 1;
-    const int height = a.level.low_height(), width = a.level.low_width();
-    wait_for_previous();
-    load_difference<T, kDifference>(tile, a, at);
+    const Rho<kAbsolute> rho{a.eps_squared};
+    const int height = a.level.height, width = a.level.width;
+    const int low_height = a.level.low_height(), low_width = a.level.low_width();
+    load_difference<T, kDifference, Tile>(fine, a, at);
+    __syncthreads();
     float sum = 0;
-    for (int plane = 0; plane < Tile::planes; ++plane) {
-        const std::int64_t p = static_cast<std::int64_t>(at.group) * Tile::planes + plane;
-        __syncthreads();
-        if (!a.last) {
-            decimate_rows<false>(tile, plane, first_column, width);
-            __syncthreads();
+    const float* tile = &fine[at.plane][at.y - at.y0][at.x - at.x0];
+    float* low = a.low + (at.image() * low_height + at.y / 2) * low_width + at.x / 2;
+    auto* slope = static_cast<typename Rho<kAbsolute>::Slope*>(a.slope);
+    if (slope != nullptr) slope += (at.image() * height + at.y) * width + at.x;
+    const auto row = [&](int r, float (&v)[4]) {
+        asm volatile("" ::: "memory");  // do not remember it from the first time: registers are scarcer
+        Four<float>::unpack(Four<float>::load(tile + r * kStrip), v);
+    };
+    const auto put = [&](int t, const float (&v)[2]) {
+        if (!at.own || at.y / 2 + t >= low_height) return;
+        if constexpr (kAligned) {
+            *reinterpret_cast<float2*>(low + t * low_width) = make_float2(v[0], v[1]);
+        } else {
+            low[t * low_width] = v[0];
+            if (at.x / 2 + 1 < low_width) low[t * low_width + 1] = v[1];
         }
-        for (int item = threadIdx.x; item < Tile::low_rows * Tile::low_pitch; item += Tile::threads) {
-            const int i = item / Tile::low_pitch, j = item % Tile::low_pitch;
-            const int row = clamped(first_row + i, height), column = clamped(first_column + j, width);
-            float v = 0;
-            if (!a.last) {
-                v = decimate_column<false>(tile, row - first_row, column - first_column, first_row, height) / 256;
-                const bool own = i > 0 && j > 0 && i <= Tile::height / 2 && j <= Tile::width / 2;
-                if (own && row == first_row + i && column == first_column + j) a.low[(p * height + row) * width + column] = v;
+    };
+    const auto use = [&](int r, const float (&band)[4]) {
+        if (!at.own || at.y + r >= height) return;
+        if constexpr (kAligned) {
+            sum += (rho(band[0]) + rho(band[1])) + (rho(band[2]) + rho(band[3]));
+            if (slope != nullptr) store_slopes(slope + r * width, band, rho);
+        } else {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                if (at.x + k >= width) break;
+                sum += rho(band[k]);
+                if (slope != nullptr) slope[r * width + k] = rho.slope(band[k]);
             }
-            tile.low[i][j] = v;
         }
-        __syncthreads();
-        interpolate<false>(tile, at.y0, at.x0, a.level, [&](int r, int c, float(&v)[4]) {
-            const int row = at.y0 + r, column = at.x0 + c;
-            const float4 f = *reinterpret_cast<const float4*>(&tile.fine[plane][r + 4][c + 4]);
-            v[0] = f.x - v[0] / 64, v[1] = f.y - v[1] / 64, v[2] = f.z - v[2] / 64, v[3] = f.w - v[3] / 64;
-            if (row >= a.level.height) return;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float value = a.rho(v[i]);
-                if (column + i < a.level.width) sum += value;
-            }
-            if (a.slope == nullptr) return;
-            const std::int64_t to = (p * a.level.height + row) * a.level.width + column;
-            if (a.level.width % 4 == 0) {
-                if (column < a.level.width) store_slopes(a.slope, to, v, a.rho.absolute());
-                return;
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if (column + i < a.level.width) store_slope(a.slope, to + i, v[i], a.rho.absolute());
-            }
-        });
+    };
+    if (a.last) {
+#pragma unroll 1
+        for (int r = 0; r < Tile::warp_rows; ++r) {
+            float band[4];
+            row(r + 4, band);
+            use(r, band);
+        }
+    } else {
+        strip_down<Tile::warp_rows>(Columns<false>(at.x, width), at.y, height, row, put, use);
     }
-    sum = block_sum<Tile::threads>(sum);
-    if (threadIdx.x == 0) a.partial[blockIdx.x] = a.scale * sum;
+    const double total = block_sum(static_cast<double>(sum));
+    if (threadIdx.x == 0) a.partial[blockIdx.x] = a.scale * total;
 }
 
 // The last level where it is too large for the shared memory of one block: d loss / d level in place of the level.
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads) residual_level(float* level, std::int64_t count, Rho rho, float scale,
-                                                           float* partial) {
-    wait_for_previous();
+template <bool kAbsolute, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    residual_level(float* level, std::int64_t count, Rho<kAbsolute> rho, double scale, double* partial) {
     float sum = 0;
+    const float factor = static_cast<float>(scale);
     const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
     for (std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x; i < count; i += step) {
-        float v = level[i];
+        const float v = level[i];
         sum += rho(v);
-        level[i] = scale * v;
+        level[i] = factor * rho.slope(v);
     }
-    sum = block_sum<kThreads>(sum);
-    if (threadIdx.x == 0) partial[blockIdx.x] = scale * sum;
+    const double total = block_sum(static_cast<double>(sum));
+    if (threadIdx.x == 0) partial[blockIdx.x] = scale * total;
 }
 
 // ---- the loss ----------------------------------------------------------------------------------------------------
 
 struct Sum {
-    const float* partial;
+    const double* partial;
     std::int64_t count;
-    float constant;
+    double constant;
     float* loss;  // null: nothing to be done
 };
 
 // One block: loss = constant + the sum of all partial sums, in a fixed order.
-template <int kThreads>
 __device__ __forceinline__ void sum_partials(const Sum& a) {
-    float sum = 0;
-#pragma unroll 8
-    for (std::int64_t i = threadIdx.x; i < a.count; i += kThreads) sum += a.partial[i];
-    sum = block_sum<kThreads>(sum);
-    if (threadIdx.x == 0) *a.loss = a.constant + sum;
+    double sum = 0;
+#pragma unroll 4
+    for (std::int64_t i = threadIdx.x; i < a.count; i += blockDim.x) sum += a.partial[i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) *a.loss = static_cast<float>(a.constant + sum);
 }
 
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads) sum_loss(const __grid_constant__ Sum a) {
-    wait_for_previous();
-    sum_partials<kThreads>(a);
-}
+static __global__ void sum_loss(const __grid_constant__ Sum a) { sum_partials(a); }
 
 // ---- up one level ------------------------------------------------------------------------------------------------
 
 // out = gain * (g + reduce^T(coarse - expand^T(g))) with g = scale * slope.
 struct Up {
     const void* slope;    // [planes, H, W]
-    const float* coarse;  // [planes, h, w]
+    const float* coarse;  // [planes, h, w]; null: no level below, out = gain * g
     const float* gain;    // null: 1
-    bool last;            // no level below: out = gain * g
-    bool absolute;        // slopes are int8
     float scale;
     void* out;
     ImageStrides strides;
     int channels;
-    bool vectors;  // four neighbours of a row may be stored at once
     Level level;
     Sum sum;  // done by one more block
 };
 
-// Slopes, zero outside the image -> fine.
-template <class Tile>
-__device__ __forceinline__ void load_slope_tile(Tile& tile, const Up& a, const Place<Tile>& at) {
-    const int height = a.level.height, width = a.level.width;
-    const std::int64_t plane_size = static_cast<std::int64_t>(height) * width;
-    const int step = width % 4 == 0 ? 4 : 1;
-    const auto fill = [&](auto tag) {
-        constexpr int lanes = decltype(tag)::value, per_row = Tile::pitch / lanes, per_plane = Tile::fine_rows * per_row;
-        constexpr int items = Tile::planes * per_plane, count = ceil_div(items, Tile::threads);
-        constexpr int batch = count < 6 ? count : 6;  // loads in flight
-        for (int start = 0; start < count; start += batch) {
-            float4 v[batch];
+// kCount rows of slopes from row `top` of a plane on, zero outside the image, as they lie in memory.
+template <bool kAbsolute, bool kAligned, int kCount>
+struct SlopeRows {
+    using Slope = typename Rho<kAbsolute>::Slope;
+    static constexpr bool packed = kAbsolute && kAligned;
+
+    std::conditional_t<packed, unsigned, float4> rows[kCount];
+
+    __device__ __forceinline__ SlopeRows(const void* slope, const Level& level, std::int64_t plane, int top, int x) {
+        const int height = level.height, width = level.width;
+        const Slope* from = static_cast<const Slope*>(slope) + (plane * height + top) * width + x;
+        const bool inside = x >= 0 && x < width;
 #pragma unroll
-            for (int k = 0; k < batch; ++k) {
-                const int item = threadIdx.x + (start + k) * Tile::threads;
-                const int row = at.y0 - 4 + item % per_plane / per_row, column = at.x0 - 4 + item % per_row * lanes;
-                v[k] = make_float4(0, 0, 0, 0);
-                if (item >= items || row < 0 || row >= height || column < 0 || column >= width) continue;
-                const std::int64_t p = static_cast<std::int64_t>(at.group) * Tile::planes + item / per_plane;
-                const std::int64_t from = p * plane_size + static_cast<std::int64_t>(row) * width + column;
-                if constexpr (lanes == 4) v[k] = load_slopes(a.slope, from, a.absolute);
-                else v[k].x = load_slope(a.slope, from, a.absolute);
+        for (int r = 0; r < kCount; ++r) {
+            const bool row = top + r >= 0 && top + r < height;
+            if constexpr (packed) {
+                rows[r] = 0;
+                if (row && inside) rows[r] = *reinterpret_cast<const unsigned*>(from + r * width);
+            } else if constexpr (kAligned) {
+                rows[r] = make_float4(0, 0, 0, 0);
+                if (row && inside) rows[r] = *reinterpret_cast<const float4*>(from + r * width);
+            } else {
+                float v[4];
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    v[k] = row && x + k >= 0 && x + k < width ? static_cast<float>(from[r * width + k]) : 0.0f;
+                }
+                rows[r] = make_float4(v[0], v[1], v[2], v[3]);
             }
+        }
+    }
+    __device__ __forceinline__ void operator()(int r, float (&v)[4]) const {
+        if constexpr (packed) unpack_signs(rows[r], v);
+        else Four<float>::unpack(rows[r], v);
+    }
+};
+
+// kAligned: width is a multiple of 4, and where one plane is one block's, four neighbours of a row may be stored at
+// once.
+template <typename T, bool kAbsolute, bool kAligned, class Tile>
+__global__ void __launch_bounds__(Tile::threads, kAbsolute ? Tile::resident : 512 / Tile::threads)
+    up_level(const __grid_constant__ Up a) {
+    // Where the planes of a pixel are neighbours in memory, they meet here before they are stored.
+    __shared__ __align__(
+        16) float staged[Tile::planes > 1 ? Tile::rows : 1][Tile::planes > 1 ? kStrip * Tile::planes : 4];
+    if (a.sum.loss != nullptr && blockIdx.x == gridDim.x - 1) return sum_partials(a.sum);
+    const Place<Tile> at(a.level);
+    const int height = a.level.height, width = a.level.width;
+    const int low_height = a.level.low_height(), low_width = a.level.low_width();
+    const int first = at.group * Tile::planes;
+    T* out = static_cast<T*>(a.out) + first / a.channels * a.strides.n + first % a.channels * a.strides.c;
+    T* own_out = out + at.y * a.strides.h + at.x * a.strides.w;
+    const int row_stride = static_cast<int>(a.strides.h);
+    const float gain = a.gain == nullptr ? 1.0f : *a.gain;
+    const SlopeRows<kAbsolute, kAligned, Tile::warp_rows + 7> row(a.slope, a.level, at.image(), at.y - 4, at.x);
+    const float* low = a.coarse + (at.image() * low_height + at.y / 2 - 1) * low_width + at.x / 2;
+    const auto coarse = [&](int t, float (&v)[2]) {
+        const int i = at.y / 2 - 1 + t, k = at.x / 2;
+        const bool inside = i >= 0 && i < low_height && at.x >= 0;
+        v[0] = v[1] = 0;
+        if (inside && k < low_width) v[0] = low[t * low_width];
+        if (inside && k + 1 < low_width) v[1] = low[t * low_width + 1];
+    };
+    const auto use = [&](int r, const float (&v)[4]) {
+        if (!at.own || at.y + r >= height) return;
+        if constexpr (Tile::planes > 1) {
+            float* to = &staged[at.y - at.y0 + r][(at.x - at.x0) * Tile::planes + at.plane];
 #pragma unroll
-            for (int k = 0; k < batch; ++k) {
-                const int item = threadIdx.x + (start + k) * Tile::threads;
-                float* to = &tile.fine[0][0][0] + item * lanes;
-                if (item >= items) continue;
-                if constexpr (lanes == 4) *reinterpret_cast<float4*>(to) = v[k];
-                else *to = v[k].x;
+            for (int k = 0; k < 4; ++k) to[k * Tile::planes] = v[k];
+        } else if constexpr (kAligned) {
+            Four<T>::store(own_out + r * row_stride, v);
+        } else {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                if (at.x + k < width) own_out[r * a.strides.h + k * a.strides.w] = from_float<T>(v[k]);
             }
         }
     };
-    if (step == 4) fill(std::integral_constant<int, 4>{});
-    else fill(std::integral_constant<int, 1>{});
-}
-
-template <typename T, class Tile>
-__global__ void __launch_bounds__(Tile::threads) up_level(const __grid_constant__ Up a) {
-    __shared__ __align__(16) Tile tile;
-    wait_for_previous();
-    if (a.sum.loss != nullptr && blockIdx.x == gridDim.x - 1) return sum_partials<Tile::threads>(a.sum);
-    const Place<Tile> at(a.level);
-    const int first_row = at.y0 / 2 - 1, first_column = at.x0 / 2 - 1;
-    const int height = a.level.low_height(), width = a.level.low_width();
-    constexpr int low_items = Tile::low_rows * Tile::low_pitch, low_count = ceil_div(low_items, Tile::threads);
-    const float gain = a.gain == nullptr ? 1.0f : *a.gain;
-    load_slope_tile(tile, a, at);
-    T* out = static_cast<T*>(a.out) + (at.group * Tile::planes / a.channels) * a.strides.n +
-             (at.group * Tile::planes % a.channels) * a.strides.c;
-    for (int plane = 0; plane < Tile::planes; ++plane) {
-        const float* coarse = a.coarse + (static_cast<std::int64_t>(at.group) * Tile::planes + plane) * height * width;
-        float u[low_count];  // asked for before the barriers
+    if (a.coarse == nullptr) {
 #pragma unroll
-        for (int k = 0; k < low_count; ++k) {
-            const int item = threadIdx.x + k * Tile::threads;
-            const int row = first_row + item / Tile::low_pitch, column = first_column + item % Tile::low_pitch;
-            const bool inside = !a.last && item < low_items && row >= 0 && row < height && column >= 0 && column < width;
-            u[k] = inside ? coarse[static_cast<std::int64_t>(row) * width + column] : 0.0f;
-        }
-        __syncthreads();
-        decimate_rows<true>(tile, plane, first_column, width);
-        __syncthreads();
-#pragma unroll
-        for (int k = 0; k < low_count; ++k) {
-            const int item = threadIdx.x + k * Tile::threads, i = item / Tile::low_pitch, j = item % Tile::low_pitch;
-            if (item >= low_items) continue;
-            const int row = first_row + i, column = first_column + j;
-            const bool inside = !a.last && row >= 0 && row < height && column >= 0 && column < width;
-            const float low = decimate_column<true>(tile, i, j, first_row, height);
-            tile.low[i][j] = inside ? fmaf(-a.scale / 64, low, u[k]) : 0.0f;
-        }
-        __syncthreads();
-        interpolate<true>(tile, at.y0, at.x0, a.level, [&](int r, int c, float(&v)[4]) {
-            float* g = &tile.fine[plane][r + 4][c + 4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) v[i] = gain * fmaf(a.scale, g[i], v[i] / 256);
-            if constexpr (Tile::planes > 1) {
-                *reinterpret_cast<float4*>(g) = make_float4(v[0], v[1], v[2], v[3]);  // stored below
-                return;
-            }
-            const int row = at.y0 + r, column = at.x0 + c;
-            if (row >= a.level.height) return;
-            T* to = out + row * a.strides.h;
-            if (a.vectors) {
-                if (column < a.level.width) Four<T>::store(to + column, v);
-                return;
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if (column + i < a.level.width) to[(column + i) * a.strides.w] = from_float<T>(v[i]);
-            }
-        });
-    }
-    if constexpr (Tile::planes > 1) {  // the planes of a pixel are neighbours in memory
-        __syncthreads();
-        constexpr int fours = Tile::width * Tile::planes / 4;
-        for (int item = threadIdx.x; item < Tile::height * fours; item += Tile::threads) {
-            const int r = item / fours, first = item % fours * 4;
-            if (at.y0 + r >= a.level.height || at.x0 * Tile::planes + first >= a.level.width * Tile::planes) continue;
+        for (int r = 0; r < Tile::warp_rows; ++r) {
             float v[4];
+            row(r + 4, v);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) v[i] = tile.fine[(first + i) % Tile::planes][r + 4][(first + i) / Tile::planes + 4];
-            Four<T>::store(out + (at.y0 + r) * a.strides.h + at.x0 * Tile::planes + first, v);
+            for (int k = 0; k < 4; ++k) v[k] *= gain * a.scale;
+            use(r, v);
+        }
+    } else {
+        strip_up<Tile::warp_rows>(Columns<true>(at.x, width), at.y, height, gain * a.scale, gain, row, coarse, use);
+    }
+    if constexpr (Tile::planes > 1) {
+        __syncthreads();
+        constexpr int fours = Tile::planes * kStrip / 4;
+        const int four = threadIdx.x % fours,
+                  pixel = 4 * four / Tile::planes;  // width % 4 == 0: as its neighbours in x
+        const int x = at.x0 + pixel / 4 * 4;
+        if (x < 0 || x >= width || (a.level.strips > 1 && (pixel < 4 || pixel >= kStrip - 4))) return;
+        for (int r = threadIdx.x / fours; r < Tile::rows && at.y0 + r < height; r += Tile::threads / fours) {
+            float v[4];
+            Four<float>::unpack(Four<float>::load(&staged[r][4 * four]), v);
+            Four<T>::store(out + (at.y0 + r) * a.strides.h + at.x0 * Tile::planes + 4 * four, v);
         }
     }
 }

@@ -2,138 +2,151 @@
 // shared memory.
 #pragma once
 
-#include "laplacian_pyramid_tile.cuh"
+#include "laplacian_pyramid_strip.cuh"
 
 namespace clone_fast::pyramid {
 
-inline constexpr int kTailSize = 128;   // rows and columns of the first level, at most
-inline constexpr int kTailLevels = 8;   // 128, 64, ..., 1
+inline constexpr int kTailSize = 64;   // rows and columns of the first level, at most
+inline constexpr int kTailLevels = 7;  // 64, 32, ..., 1
+inline constexpr int kTailRows = 2;    // of a thread
+inline constexpr int kTailThreads = kTailSize / 4 * (kTailSize / kTailRows);
+
+static_assert(kTailSize <= kStrip);
 
 struct Tail {
     float* level;  // the first level, [planes, H, W]; with `keep`, d loss / d level is written in its place
     bool keep;
-    Rho rho;
-    int count;                 // of levels
-    int height[kTailLevels], width[kTailLevels], offset[kTailLevels];  // in shared memory, in floats
-    int scratch;               // where H x ceil(W/2) floats are free
-    float scale[kTailLevels];  // weight / number of elements
-    float* partial;            // one sum for each block
+    float eps_squared;
+    int count;  // of levels
+    int height[kTailLevels], width[kTailLevels];
+    int pitch[kTailLevels],
+        offset[kTailLevels];    // of rows and of the level, in floats of shared memory; multiples of 4
+    double scale[kTailLevels];  // weight / number of elements
+    double* partial;            // one sum for each block
 };
 
-// use(row, column) for the threads' share of rows x columns.
-template <typename Use>
-__device__ __forceinline__ void for_each(int rows, int columns, Use&& use) {
-    const int shift = 32 - __clz(columns - 1);  // columns <= 2^shift; 0 for one column
-    const int step = max(static_cast<int>(blockDim.x) >> shift, 1);
-    const int column = threadIdx.x & ((1 << shift) - 1);
-    if (column >= columns) return;
-    for (int row = static_cast<int>(threadIdx.x) >> shift; row < rows; row += step) use(row, column);
-}
+// A level in shared memory, and this thread's rows and columns of it.
+struct TailLevel {
+    float* level;
+    int height, width, pitch;
+    int x, y0;
 
-// fine [H, W] -> half [H, ceil(W/2)].
+    __device__ __forceinline__ TailLevel(const Tail& a, int j, float* shared)
+        : level(shared + a.offset[j]), height(a.height[j]), width(a.width[j]), pitch(a.pitch[j]) {
+        // Lanes of a row are a power of two: a warp holds 32 / lanes groups of rows.
+        const int shift = width <= 4 ? 0 : 32 - __clz((width - 1) / 4);
+        x = (static_cast<int>(threadIdx.x) & ((1 << shift) - 1)) * 4,
+        y0 = static_cast<int>(threadIdx.x >> shift) * kTailRows;
+    }
+    __device__ __forceinline__ bool owns(int r) const { return y0 + r < height && x < width; }
+    // Columns behind the image, up to the pitch, may hold anything.
+    __device__ __forceinline__ void store(int r, float a, float b, float c, float d) const {
+        if (owns(r)) *reinterpret_cast<float4*>(level + (y0 + r) * pitch + x) = make_float4(a, b, c, d);
+    }
+};
+
+// Rows y0-4 .. of a thread in registers, before anything is written. Outside the image the last samples are repeated
+// (kAdjoint: there are zeros).
 template <bool kAdjoint>
-__device__ __forceinline__ void decimate_rows(const float* fine, int height, int width, float* half) {
-    const int size = (width + 1) / 2;
-    for_each(height, size, [&](int row, int i) {
-        const float* from = fine + row * width;
-        const auto at = [&](int column) {
-            if (kAdjoint) return column >= 0 && column < width ? from[column] : 0.0f;
-            return from[clamped(column, width)];
-        };
-        half[row * size + i] =
-            decimate<kAdjoint>(at(2 * i - 2), at(2 * i - 1), from[2 * i], at(2 * i + 1), at(2 * i + 2), i, size);
-    });
-}
+struct TailRows {
+    float rows[kTailRows + 7][4];
 
-// half [H, w] -> use(i, j, sum) for the low samples [ceil(H/2), w].
-template <bool kAdjoint, typename Use>
-__device__ __forceinline__ void decimate_columns(const float* half, int height, int width, Use&& use) {
-    const int size = (height + 1) / 2;
-    for_each(size, width, [&](int i, int j) {
-        const auto at = [&](int row) {
-            if (kAdjoint) return row >= 0 && row < height ? half[row * width + j] : 0.0f;
-            return half[clamped(row, height) * width + j];
-        };
-        use(i, j, decimate<kAdjoint>(at(2 * i - 2), at(2 * i - 1), at(2 * i), at(2 * i + 1), at(2 * i + 2), i, size));
-    });
-}
-
-// low [ceil(H/2), ceil(W/2)] -> fine = change(fine, interpolated) over [H, W].
-template <bool kAdjoint, typename Change>
-__device__ __forceinline__ void interpolate(const float* low, float* fine, int height, int width, Change&& change) {
-    const int rows = (height + 1) / 2, columns = (width + 1) / 2;
-    for_each(rows, columns, [&](int i, int j) {
-        float even[3], odd[3];  // of the low rows i-1, i, i+1
+    __device__ __forceinline__ explicit TailRows(const TailLevel& at) {
+        const float* from = at.level + min(at.x, at.pitch - 4);
 #pragma unroll
-        for (int k = 0; k < 3; ++k) {
-            const auto at = [&](int column) {
-                const int row = i + k - 1;
-                if (kAdjoint && (row < 0 || row >= rows || column < 0 || column >= columns)) return 0.0f;
-                return low[clamped(row, rows) * columns + clamped(column, columns)];
-            };
-            const float a = at(j - 1), b = at(j), c = at(j + 1);
-            even[k] = interpolate_even<kAdjoint>(a, b, c, 2 * j, width);
-            odd[k] = interpolate_odd<kAdjoint>(b, c, 2 * j + 1, width);
+        for (int r = 0; r < kTailRows + 7; ++r) {
+            const int y = at.y0 - 4 + r;
+            Four<float>::unpack(Four<float>::load(from + clamped(y, at.height) * at.pitch), rows[r]);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const bool inside = at.x + k < at.width;
+                if (!kAdjoint) rows[r][k] = inside || k == 0 ? rows[r][k] : rows[r][k == 0 ? 0 : k - 1];
+                else rows[r][k] = inside && y >= 0 && y < at.height ? rows[r][k] : 0.0f;
+            }
         }
-        const auto put = [&](int row, int column, float v) {
-            if (row < height && column < width) fine[row * width + column] = change(fine[row * width + column], v);
-        };
-        put(2 * i, 2 * j, interpolate_even<kAdjoint>(even[0], even[1], even[2], 2 * i, height));
-        put(2 * i, 2 * j + 1, interpolate_even<kAdjoint>(odd[0], odd[1], odd[2], 2 * i, height));
-        put(2 * i + 1, 2 * j, interpolate_odd<kAdjoint>(even[1], even[2], 2 * i + 1, height));
-        put(2 * i + 1, 2 * j + 1, interpolate_odd<kAdjoint>(odd[1], odd[2], 2 * i + 1, height));
-    });
+        __syncthreads();
+    }
+    __device__ __forceinline__ void operator()(int r, float (&v)[4]) const {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) v[k] = rows[r][k];
+    }
+};
+
+// A level becomes its slopes, and the level below is written. Returns this thread's sum of rho.
+template <bool kAbsolute>
+__device__ __forceinline__ float tail_down(const Tail& a, int j, float* shared) {
+    const TailLevel at(a, j, shared);
+    const Rho<kAbsolute> rho{a.eps_squared};
+    const int low_height = a.height[j + 1], low_pitch = a.pitch[j + 1];
+    float* low = shared + a.offset[j + 1] + at.y0 / 2 * low_pitch + at.x / 2;
+    float sum = 0;
+    strip_down<kTailRows>(
+        Columns<false>(at.x, at.width), at.y0, at.height, TailRows<false>(at),
+        [&](int t, const float (&v)[2]) {
+            if (at.x < at.width && at.y0 / 2 + t < low_height) {
+                *reinterpret_cast<float2*>(low + t * low_pitch) = make_float2(v[0], v[1]);
+            }
+        },
+        [&](int r, const float (&band)[4]) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sum += at.owns(r) && at.x + k < at.width ? rho(band[k]) : 0.0f;
+            at.store(r, rho.slope(band[0]), rho.slope(band[1]), rho.slope(band[2]), rho.slope(band[3]));
+        });
+    return sum;
 }
 
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads) tail_levels(const __grid_constant__ Tail a) {
-    extern __shared__ float shared[];
-    float* half = shared + a.scratch;
-    const int size = a.height[0] * a.width[0], last = a.count - 1;
-    float* level = a.level + static_cast<std::int64_t>(blockIdx.x) * size;
-    wait_for_previous();
-    for (int i = threadIdx.x; i < size; i += kThreads) shared[i] = level[i];
+// The slopes of a level become d loss / d level, from that of the level below.
+__device__ __forceinline__ void tail_up(const Tail& a, int j, float* shared) {
+    const TailLevel at(a, j, shared);
+    const int low_height = a.height[j + 1], low_width = a.width[j + 1], low_pitch = a.pitch[j + 1];
+    const float* low = shared + a.offset[j + 1];
+    strip_up<kTailRows>(
+        Columns<true>(at.x, at.width), at.y0, at.height, static_cast<float>(a.scale[j]), 1.0f, TailRows<true>(at),
+        [&](int t, float (&v)[2]) {
+            const int i = at.y0 / 2 - 1 + t, k = at.x / 2;
+            v[0] = v[1] = 0;
+            if (i >= 0 && i < low_height && k < low_width) v[0] = low[i * low_pitch + k];
+            if (i >= 0 && i < low_height && k + 1 < low_width) v[1] = low[i * low_pitch + k + 1];
+        },
+        [&](int r, const float (&v)[4]) { at.store(r, v[0], v[1], v[2], v[3]); });
+}
+
+template <bool kAbsolute>
+__global__ void __launch_bounds__(kTailThreads) tail_levels(const __grid_constant__ Tail a) {
+    extern __shared__ __align__(16) float shared[];
+    const int last = a.count - 1;
+    const Rho<kAbsolute> rho{a.eps_squared};
+    float* level = a.level + static_cast<std::int64_t>(blockIdx.x) * a.height[0] * a.width[0];
+    const auto each = [&](int j, auto&& use) {  // use(in shared memory, in memory)
+        const int width = a.width[j], step = kTailThreads / kTailSize;
+        const int x = threadIdx.x % kTailSize;
+        for (int y = threadIdx.x / kTailSize; y < a.height[j] && x < width; y += step) {
+            use(shared[a.offset[j] + y * a.pitch[j] + x], y * width + x);
+        }
+    };
+    each(0, [&](float& v, int i) { v = level[i]; });
+    double total = 0;
+#pragma unroll 1
+    for (int j = 0; j < last; ++j) {
+        __syncthreads();
+        total += a.scale[j] * static_cast<double>(tail_down<kAbsolute>(a, j, shared));
+    }
     __syncthreads();
     float sum = 0;
-    for (int j = 0; j < last; ++j) {  // a level becomes its slopes
-        float *fine = shared + a.offset[j], *low = shared + a.offset[j + 1];
-        const int low_width = a.width[j + 1];
-        decimate_rows<false>(fine, a.height[j], a.width[j], half);
+    each(last, [&](float& v, int) {
+        sum += rho(v);
+        v = static_cast<float>(a.scale[last]) * rho.slope(v);
+    });
+    total = block_sum(total + a.scale[last] * static_cast<double>(sum));
+    if (threadIdx.x == 0) a.partial[blockIdx.x] = total;
+    if (!a.keep) return;
+#pragma unroll 1
+    for (int j = last - 1; j >= 0; --j) {
         __syncthreads();
-        decimate_columns<false>(half, a.height[j], low_width,
-                                [&](int i, int k, float v) { low[i * low_width + k] = v / 256; });
-        __syncthreads();
-        interpolate<false>(low, fine, a.height[j], a.width[j], [&](float f, float v) {
-            float band = f - v / 64;
-            sum = fmaf(a.scale[j], a.rho(band), sum);
-            return band;
-        });
+        tail_up(a, j, shared);
     }
     __syncthreads();
-    float* residual = shared + a.offset[last];
-    for (int i = threadIdx.x; i < a.height[last] * a.width[last]; i += kThreads) {
-        float v = residual[i];
-        sum = fmaf(a.scale[last], a.rho(v), sum);
-        residual[i] = a.scale[last] * v;
-    }
-    sum = block_sum<kThreads>(sum);  // its barrier lies between the residual and what reads it
-    if (threadIdx.x == 0) a.partial[blockIdx.x] = sum;
-    if (!a.keep) return;
-    for (int j = last - 1; j >= 0; --j) {  // slopes become d loss / d level
-        float *fine = shared + a.offset[j], *low = shared + a.offset[j + 1];
-        const int low_width = a.width[j + 1];
-        const float scale = a.scale[j];
-        decimate_rows<true>(fine, a.height[j], a.width[j], half);
-        __syncthreads();
-        decimate_columns<true>(half, a.height[j], low_width, [&](int i, int k, float v) {
-            low[i * low_width + k] = fmaf(-scale / 64, v, low[i * low_width + k]);
-        });
-        __syncthreads();
-        interpolate<true>(low, fine, a.height[j], a.width[j],
-                          [&](float slope, float v) { return fmaf(scale, slope, v / 256); });
-        __syncthreads();
-    }
-    for (int i = threadIdx.x; i < size; i += kThreads) level[i] = shared[i];
+    each(0, [&](const float& v, int i) { level[i] = v; });
 }
 
 }  // namespace clone_fast::pyramid

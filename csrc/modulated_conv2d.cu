@@ -59,10 +59,7 @@ bool modulated_conv2d_3x3_fits(int device, int in_channels, int out_channels) {
     using namespace conv3x3;
     const int wanted = in_channels > 32 ? (out_channels > 32 ? Layout<64, 64>::kBytes : Layout<64, 32>::kBytes)
                                         : (out_channels > 32 ? Layout<32, 64>::kBytes : Layout<32, 32>::kBytes);
-    int there = 0, major = 0;
-    check(cudaDeviceGetAttribute(&there, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "modulated_conv2d");
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "modulated_conv2d");
-    return major >= 8 && wanted <= there;
+    return device_fits(device, wanted);
 }
 
 }  // namespace clone_fast

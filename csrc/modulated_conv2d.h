@@ -51,6 +51,8 @@ struct Conv3x3Wgrad {
     float* y;  // [results, 3, 3, B, A]
 };
 
+bool modulated_conv2d_3x3_wgrad_fits(int device, int channels_a, int channels_b);
+
 // How many partial sums there are to be for each result, on the current device.
 int modulated_conv2d_3x3_wgrad_partials(int n, int height, int width, int results);
 

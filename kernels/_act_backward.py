@@ -20,6 +20,7 @@ ELEMENTS = 2048  # of a tile
 ADDED = 512  # of a step of the second pass
 WARPS = 4
 PROGRAMS_PER_SM = 8
+TILES = 4  # of a program at least, so that few sums are left for the second pass
 
 
 @triton.jit
@@ -220,7 +221,7 @@ def launch_act_backward(
     blocks = triton.cdiv(channels, bc)
     tiles_p = triton.cdiv(pixels, bp)
     tiles = tiles_p * n
-    shares = min(tiles, max(1, _shares(y.device) // blocks))
+    shares = min(triton.cdiv(tiles, TILES), max(1, _shares(y.device) // blocks))
 
     def sums(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=y.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clone_fast.kernels import _conv_tuning as tuning
 from clone_fast.kernels._conv_memory import described_image, described_weight, taps_first
-from clone_fast.kernels._fir_epilogue import Epilogue, activated, strides
+from clone_fast.kernels._fir_epilogue import Epilogue, activated, loaded, strides
 
 # How the result's pixels see the input: (o + d - pad), (2 o + d - pad), or the adjoint of the latter.
 SAME, DOWN, UP = 0, 1, 2
@@ -112,7 +112,13 @@ def _conv_kernel(
     m = tl.arange(0, BH * BW)
     row = y0 + m // BW
     column = x0 + m % BW
+    y_row = 2 * row + phase_y - PAD if MODE == 2 else row
+    y_column = 2 * column + phase_x - PAD if MODE == 2 else column
+    inside = (y_row >= 0) & (y_row < out_height) & (y_column >= 0) & (y_column < out_width)
     o = o0 + tl.arange(0, BN)
+    noise_value = loaded(noise + n * noise_n, y_row * noise_h + y_column * noise_w, inside, gain, NOISE)
+    bias_value = loaded(bias, o, o < out_channels, gain, BIAS)
+    factor = loaded(strength, 0, True, gain, STRENGTH)
     total = taps * STEPS
     acc = tl.zeros((BH * BW, BN), dtype=tl.float32)
     for step in range(split * total // SPLIT, (split + 1) * total // SPLIT):
@@ -139,10 +145,10 @@ def _conv_kernel(
             c = c0 + tl.arange(0, BK)
             py = row * stride + iy
             px = column * stride + ix
-            inside = (py >= 0) & (py < height) & (px >= 0) & (px < width)
+            seen = (py >= 0) & (py < height) & (px >= 0) & (px < width)
             a = tl.load(
                 x + n * x_n + (py * x_h + px * x_w)[:, None] + (c * x_c)[None, :],
-                mask=inside[:, None] & (c < channels)[None, :],
+                mask=seen[:, None] & (c < channels)[None, :],
                 other=0.0,
             )
             b = tl.load(
@@ -152,16 +158,9 @@ def _conv_kernel(
             )
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
-    if MODE == 2:
-        row = 2 * row + phase_y - PAD
-        column = 2 * column + phase_x - PAD
-    inside = (row >= 0) & (row < out_height) & (column >= 0) & (column < out_width)
-    acc = activated(
-        acc, noise + n * noise_n, strength, bias, row * noise_h + column * noise_w, inside, o, o < out_channels, gain,
-        clamp, SLOPE, NOISE, STRENGTH, BIAS, CLAMP,
-    )  # fmt: skip
+    acc = activated(acc, noise_value, factor, bias_value, gain, clamp, SLOPE, NOISE, STRENGTH, BIAS, CLAMP)
     tl.store(
-        y + split * y_split + n * y_n + (row * y_h + column * y_w)[:, None] + (o * y_c)[None, :],
+        y + split * y_split + n * y_n + (y_row * y_h + y_column * y_w)[:, None] + (o * y_c)[None, :],
         acc.to(y.dtype.element_ty),
         mask=inside[:, None] & (o < out_channels)[None, :],
     )
@@ -252,9 +251,6 @@ def convolve(
     target = out[0] if config.split > 1 else out
     common = {
         "y": out,
-        "rows": rows,
-        "columns": columns,
-        "channels": channels,
         "out_height": geometry.height,
         "out_width": geometry.width,
         "out_channels": out_channels,
@@ -297,6 +293,9 @@ def convolve(
         w=weights if use else w,
         height=x.shape[2],
         width=x.shape[3],
+        channels=channels,
+        rows=rows,
+        columns=columns,
         **strides("x", x),
         w_n=w.stride(0),
         w_tap=w.stride(1),

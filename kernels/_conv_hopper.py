@@ -14,9 +14,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from clone_fast.kernels._fir_epilogue import activated
+from clone_fast.kernels._fir_epilogue import activated, loaded
 
-_activated = gluon.jit(activated.fn)
+_activated, _loaded = gluon.jit(activated.fn), gluon.jit(loaded.fn)
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # renamed in Triton 3.7
 
 
@@ -46,9 +46,16 @@ def store_layout(bm, bn, bits):
 
 
 @gluon.jit
+def _beyond(tile, tiles_x, phase_y, phase_x, height, width, PAD: gl.constexpr, BH: gl.constexpr, BW: gl.constexpr):
+    """Whether a tile of one parity begins below or right of the image."""
+    below = 2 * (tile // tiles_x * BH) + phase_y - PAD >= height
+    return below | (2 * (tile % tiles_x * BW) + phase_x - PAD >= width)
+
+
+@gluon.jit
 def _tile(
-    index, images, tiles_n, tiles_x, tiles_y, splits, steps, rows, columns, MODE: gl.constexpr, K: gl.constexpr,
-    BH: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, HALVES: gl.constexpr,
+    index, images, tiles_n, tiles_x, tiles_y, splits, steps, out_height, out_width, MODE: gl.constexpr,
+    K: gl.constexpr, PAD: gl.constexpr, BH: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """Of one tile of the result: its image, first channel, first of HALVES pixel tiles, part of the sum, parities in y
     and x, taps along x, and the steps of its part of the sum."""
@@ -69,10 +76,10 @@ def _tile(
         n = n % images
         taps_x = (K + 1 - phase_x) // 2
         taps = (K + 1 - phase_y) // 2 * taps_x
-        # Odd parities have a row or a column less, and may leave whole tiles empty.
-        empty = (first // tiles_x * BH >= rows - phase_y) | (first % tiles_x * BW >= columns - phase_x)
+        # Tiles cover the larger parity; those of the other that lie beyond its last row or column have nothing to do.
+        empty = _beyond(first, tiles_x, phase_y, phase_x, out_height, out_width, PAD, BH, BW)
         if HALVES == 2:
-            empty &= ((first + 1) // tiles_x * BH >= rows - phase_y) | ((first + 1) % tiles_x * BW >= columns - phase_x)
+            empty &= _beyond(first + 1, tiles_x, phase_y, phase_x, out_height, out_width, PAD, BH, BW)
         taps = gl.where(empty, 0, taps)
     total = taps * steps
     return n, o0, first, split, phase_y, phase_x, taps_x, split * total // splits, (split + 1) * total // splits
@@ -80,8 +87,8 @@ def _tile(
 
 @gluon.jit
 def _copy(
-    x, x_odd, odd_x, odd_odd, w, a, b, full, empty, tiles, images, tiles_n, tiles_x, tiles_y, splits, steps, rows,
-    columns, channels,
+    x, x_odd, odd_x, odd_odd, w, a, b, full, empty, tiles, images, tiles_n, tiles_x, tiles_y, splits, steps, out_height,
+    out_width,
     MODE: gl.constexpr, K: gl.constexpr, PAD: gl.constexpr, FLIP: gl.constexpr, PER_SAMPLE: gl.constexpr,
     TRANSPOSED_WEIGHT: gl.constexpr, BH: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     HALVES: gl.constexpr, STAGES: gl.constexpr,
@@ -93,8 +100,9 @@ def _copy(
     done = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         n, o0, first, _, phase_y, phase_x, taps_x, begin, end = _tile(
-            index, images, tiles_n, tiles_x, tiles_y, splits, steps, rows, columns, MODE, K, BH, BW, BN, HALVES
-        )
+            index, images, tiles_n, tiles_x, tiles_y, splits, steps, out_height, out_width, MODE, K, PAD, BH, BW, BN,
+            HALVES,
+        )  # fmt: skip
         sample = n if PER_SAMPLE else 0
         for step in range(begin, end):
             tap = step // steps
@@ -153,7 +161,7 @@ def _pixels(y0, x0, m, phase_y, phase_x, height, width, MODE: gl.constexpr, PAD:
 
 @gluon.jit
 def _multiply(
-    a, b, full, empty, y, noise, strength, bias, tiles, images, tiles_n, tiles_x, tiles_y, splits, steps, rows, columns,
+    a, b, full, empty, y, noise, strength, bias, tiles, images, tiles_n, tiles_x, tiles_y, splits, steps,
     out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n, noise_h, noise_w, gain, clamp,
     HALF: gl.constexpr, MODE: gl.constexpr, K: gl.constexpr, PAD: gl.constexpr, TRANSPOSED_WEIGHT: gl.constexpr,
     BH: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, HALVES: gl.constexpr,
@@ -167,8 +175,17 @@ def _multiply(
     done = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         n, o0, first, split, phase_y, phase_x, _, begin, end = _tile(
-            index, images, tiles_n, tiles_x, tiles_y, splits, steps, rows, columns, MODE, K, BH, BW, BN, HALVES
-        )
+            index, images, tiles_n, tiles_x, tiles_y, splits, steps, out_height, out_width, MODE, K, PAD, BH, BW, BN,
+            HALVES,
+        )  # fmt: skip
+        y0 = (first + HALF) // tiles_x * BH
+        x0 = (first + HALF) % tiles_x * BW
+        m = gl.arange(0, BM, layout=gl.SliceLayout(1, ACC))
+        o = o0 + gl.arange(0, BN, layout=gl.SliceLayout(0, ACC))
+        row, column, inside = _pixels(y0, x0, m, phase_y, phase_x, out_height, out_width, MODE, PAD, BW)
+        noise_value = _loaded(noise + n * noise_n, row * noise_h + column * noise_w, inside, gain, NOISE)
+        bias_value = _loaded(bias, o, o < out_channels, gain, BIAS)
+        factor = _loaded(strength, 0, True, gain, STRENGTH)
         acc = gl.zeros([BM, BN], dtype=gl.float32, layout=ACC)
         for step in range(begin, end):
             stage = done % STAGES
@@ -185,15 +202,7 @@ def _multiply(
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(empty.index((done + STAGES - 1) % STAGES), count=1, pred=end > begin)
 
-        y0 = (first + HALF) // tiles_x * BH
-        x0 = (first + HALF) % tiles_x * BW
-        m = gl.arange(0, BM, layout=gl.SliceLayout(1, ACC))
-        o = o0 + gl.arange(0, BN, layout=gl.SliceLayout(0, ACC))
-        row, column, inside = _pixels(y0, x0, m, phase_y, phase_x, out_height, out_width, MODE, PAD, BW)
-        acc = _activated(
-            acc, noise + n * noise_n, strength, bias, row * noise_h + column * noise_w, inside, o, o < out_channels,
-            gain, clamp, SLOPE, NOISE, STRENGTH, BIAS, CLAMP,
-        )  # fmt: skip
+        acc = _activated(acc, noise_value, factor, bias_value, gain, clamp, SLOPE, NOISE, STRENGTH, BIAS, CLAMP)
         value = gl.convert_layout(acc.to(y.dtype.element_ty), STORE)
         m = gl.arange(0, BM, layout=gl.SliceLayout(1, STORE))
         o = o0 + gl.arange(0, BN, layout=gl.SliceLayout(0, STORE))
@@ -210,8 +219,6 @@ SIZES = [
     "tiles_y",
     "splits",
     "steps",
-    "rows",
-    "columns",
     "out_height",
     "out_width",
 ]
@@ -220,14 +227,13 @@ SIZES = [
 @gluon.jit(do_not_specialize=SIZES)
 def _conv_hopper_kernel(
     x, x_odd, odd_x, odd_odd, w, y, noise, strength, bias, tiles, images, tiles_n, tiles_x, tiles_y, splits, steps,
-    rows, columns, channels, out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n, noise_h,
-    noise_w, gain, clamp,
+    out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n, noise_h, noise_w, gain, clamp,
     MODE: gl.constexpr, K: gl.constexpr, PAD: gl.constexpr, FLIP: gl.constexpr, PER_SAMPLE: gl.constexpr,
     TRANSPOSED_WEIGHT: gl.constexpr, BH: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     HALVES: gl.constexpr, STAGES: gl.constexpr, SLOPE: gl.constexpr, NOISE: gl.constexpr, STRENGTH: gl.constexpr,
     BIAS: gl.constexpr, CLAMP: gl.constexpr,
 ):  # fmt: skip
-    """See `convolve` of `_conv`; rows, columns: pixels that tiles have to cover; steps: of BK channels."""
+    """See `convolve` of `_conv`; steps: of BK channels."""
     a = gl.allocate_shared_memory(x.dtype, [HALVES * STAGES] + x.block_type.shape, x.layout)  # noqa: RUF005
     b = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_type.shape, w.layout)  # noqa: RUF005
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -240,19 +246,19 @@ def _conv_hopper_kernel(
             [
                 (_multiply, (
                     a, b, full, empty, y, noise, strength, bias, tiles, images, tiles_n, tiles_x, tiles_y, splits,
-                    steps, rows, columns, out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n,
+                    steps, out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n,
                     noise_h, noise_w, gain, clamp, 0, MODE, K, PAD, TRANSPOSED_WEIGHT, BH, BW, BN, BK, 2, STAGES,
                     SLOPE, NOISE, STRENGTH, BIAS, CLAMP,
                 )),
                 (_multiply, (
                     a, b, full, empty, y, noise, strength, bias, tiles, images, tiles_n, tiles_x, tiles_y, splits,
-                    steps, rows, columns, out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n,
+                    steps, out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n,
                     noise_h, noise_w, gain, clamp, 1, MODE, K, PAD, TRANSPOSED_WEIGHT, BH, BW, BN, BK, 2, STAGES,
                     SLOPE, NOISE, STRENGTH, BIAS, CLAMP,
                 )),
                 (_copy, (
                     x, x_odd, odd_x, odd_odd, w, a, b, full, empty, tiles, images, tiles_n, tiles_x, tiles_y, splits,
-                    steps, rows, columns, channels, MODE, K, PAD, FLIP, PER_SAMPLE, TRANSPOSED_WEIGHT, BH, BW, BN, BK,
+                    steps, out_height, out_width, MODE, K, PAD, FLIP, PER_SAMPLE, TRANSPOSED_WEIGHT, BH, BW, BN, BK,
                     2, STAGES,
                 )),
             ],
@@ -264,13 +270,13 @@ def _conv_hopper_kernel(
             [
                 (_multiply, (
                     a, b, full, empty, y, noise, strength, bias, tiles, images, tiles_n, tiles_x, tiles_y, splits,
-                    steps, rows, columns, out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n,
+                    steps, out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n,
                     noise_h, noise_w, gain, clamp, 0, MODE, K, PAD, TRANSPOSED_WEIGHT, BH, BW, BN, BK, 1, STAGES,
                     SLOPE, NOISE, STRENGTH, BIAS, CLAMP,
                 )),
                 (_copy, (
                     x, x_odd, odd_x, odd_odd, w, a, b, full, empty, tiles, images, tiles_n, tiles_x, tiles_y, splits,
-                    steps, rows, columns, channels, MODE, K, PAD, FLIP, PER_SAMPLE, TRANSPOSED_WEIGHT, BH, BW, BN, BK,
+                    steps, out_height, out_width, MODE, K, PAD, FLIP, PER_SAMPLE, TRANSPOSED_WEIGHT, BH, BW, BN, BK,
                     1, STAGES,
                 )),
             ],

@@ -56,24 +56,37 @@ def strides(name: str, t: Tensor) -> dict[str, int]:
 
 
 @triton.jit
+def loaded(pointer, offsets, inside, stand_in, WANTED: tl.constexpr):
+    """What lies at the offsets, as it is, to be loaded long before it is needed; or the stand-in."""
+    if WANTED:
+        return tl.load(pointer + offsets, mask=inside, other=0.0)
+    else:
+        return stand_in
+
+
+@triton.jit
 def activated(
-    value, noise, strength, bias, pixel, inside, o, o_inside, gain, clamp,
-    SLOPE: tl.constexpr, NOISE: tl.constexpr, STRENGTH: tl.constexpr, BIAS: tl.constexpr, CLAMP: tl.constexpr,
+    value, noise, strength, bias, gain, clamp, SLOPE: tl.constexpr, NOISE: tl.constexpr, STRENGTH: tl.constexpr,
+    BIAS: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
-    """value [pixels, channels] float32 with the epilogue; pixel: offsets into noise, o: channels. NaN stays NaN."""
+    """value [pixels, channels] float32 with the epilogue; noise [pixels], strength and bias [channels] `loaded`.
+
+    NaN stays NaN. The gain, which is positive, is part of the sum: six instructions for an element instead of nine,
+    while which the tensor cores of a convolution wait.
+    """
+    value = value * gain
     if NOISE:
-        added = tl.load(noise + pixel, mask=inside, other=0.0).to(tl.float32)
-        if STRENGTH:
-            added *= tl.load(strength).to(tl.float32)
-        value += added[:, None]
+        factor = strength.to(tl.float32) * gain if STRENGTH else gain
+        value += (noise.to(tl.float32) * factor)[:, None]
     if BIAS:
-        value += tl.load(bias + o, mask=o_inside, other=0.0).to(tl.float32)[None, :]
-    if SLOPE != 1.0:
-        value = tl.where(value < 0.0, value * SLOPE if SLOPE > 0.0 else 0.0, value)
-    value *= gain
+        value += (bias.to(tl.float32) * gain)[None, :]
+    if SLOPE == 0.0:
+        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif SLOPE != 1.0:
+        value = tl.maximum(value, value * SLOPE, propagate_nan=tl.PropagateNan.ALL)
     if CLAMP:
-        value = tl.where(value > clamp, clamp, value)
-        value = tl.where(value < -clamp, -clamp, value)
+        value = tl.minimum(value, clamp, propagate_nan=tl.PropagateNan.ALL)
+        value = tl.maximum(value, -clamp, propagate_nan=tl.PropagateNan.ALL)
     return value
 
 
@@ -161,10 +174,10 @@ def _fir_kernel(
                     value += seen * (factor * filter_gain)
                 else:
                     value += seen
-    value = activated(
-        value, noise + n * noise_n, strength, bias, row * noise_h + column * noise_w, inside, c, c_inside, gain, clamp,
-        SLOPE, NOISE, STRENGTH, BIAS, CLAMP,
-    )  # fmt: skip
+    noise_value = loaded(noise + n * noise_n, row * noise_h + column * noise_w, inside, gain, NOISE)
+    bias_value = loaded(bias, c, c_inside, gain, BIAS)
+    factor = loaded(strength, 0, True, gain, STRENGTH)
+    value = activated(value, noise_value, factor, bias_value, gain, clamp, SLOPE, NOISE, STRENGTH, BIAS, CLAMP)
     tl.store(
         y + n * y_n + (row * y_h + column * y_w)[:, None] + (c * y_c)[None, :],
         value.to(y.dtype.element_ty),

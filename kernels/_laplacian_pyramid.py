@@ -79,7 +79,7 @@ def _is_inside(i, j, height, width):
 # ---- down --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["channels", "tiles_y", "tiles_x", "x_n", "y_n", "x_c", "y_c"])
+@triton.jit(do_not_specialize=["channels", "height", "tiles_y", "tiles_x", "x_n", "y_n", "x_c", "y_c"])
 def subtract(
     x, y, out, channels, height, width, tiles_y, tiles_x, x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
     BH: tl.constexpr, BW: tl.constexpr,
@@ -105,7 +105,7 @@ def _clamped_columns(fine, row, j, width):
     return _five(a, b, tl.load(at + _clamped(2 * j, width)), d, e)
 
 
-@triton.jit(do_not_specialize=["tiles_y", "tiles_x"])
+@triton.jit(do_not_specialize=["height", "tiles_y", "tiles_x"])
 def reduce(fine, low, height, width, tiles_y, tiles_x, BH: tl.constexpr, BW: tl.constexpr):
     """low [planes, h, w] from fine [planes, H, W], float32."""
     plane, i, j = _place(tiles_y, tiles_x, BH, BW)
@@ -145,7 +145,7 @@ def _rho(d, eps, mask, ABSOLUTE: tl.constexpr):
     return tl.sum(tl.where(mask, value, 0.0)), slope
 
 
-@triton.jit(do_not_specialize=["tiles_y", "tiles_x"])
+@triton.jit(do_not_specialize=["height", "tiles_y", "tiles_x"])
 def band(
     fine, low, slope, partial, height, width, tiles_y, tiles_x, scale, eps,
     LAST: tl.constexpr, KEEP: tl.constexpr, ABSOLUTE: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,
@@ -202,7 +202,7 @@ def _masked_columns(fine, row, j, height, width):
     return _five(a, b, c, d, e) + first * c + last * (c + 4 * d)
 
 
-@triton.jit(do_not_specialize=["tiles_y", "tiles_x"])
+@triton.jit(do_not_specialize=["height", "tiles_y", "tiles_x"])
 def residue(
     slope, coarse, u, height, width, tiles_y, tiles_x, scale, BH: tl.constexpr, BW: tl.constexpr
 ):  # fmt: skip
@@ -244,7 +244,7 @@ def _interpolated_row(u, row, j, low_height, low_width, width):
     return tl.fma(even, b, a + c), tl.fma(odd, b, 4 * c)
 
 
-@triton.jit(do_not_specialize=["channels", "tiles_y", "tiles_x", "out_n", "out_c"])
+@triton.jit(do_not_specialize=["channels", "height", "tiles_y", "tiles_x", "out_n", "out_c"])
 def up(
     slope, u, gain, out, channels, height, width, tiles_y, tiles_x, out_n, out_c, out_h, out_w, scale,
     LAST: tl.constexpr, HAS_GAIN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,

@@ -143,10 +143,10 @@ def _add_rows(x, out, rows, columns, BR: tl.constexpr, BC: tl.constexpr):
     tl.store(out + n * columns + c, total.to(out.dtype.element_ty), mask=c < columns)
 
 
-def _blocks(in_channels: int, k: int) -> tuple[int, int, int]:
-    """(input channels, taps, warps) of a program that holds one whole filter."""
+def _blocks(in_channels: int, k: int, elements: int) -> tuple[int, int, int]:
+    """(input channels, taps, warps) of a program that holds one whole filter, `elements` of it in each warp."""
     bi, bt = triton.next_power_of_2(in_channels), triton.next_power_of_2(k * k)
-    return bi, bt, min(max(4, bi * bt // 1024), 32)
+    return bi, bt, min(max(4, bi * bt // elements), 32)
 
 
 def modulate(weight: Tensor, styles: Tensor, demodulate: bool, eps: float, dtype: torch.dtype) -> Tensor:
@@ -164,7 +164,7 @@ def modulate(weight: Tensor, styles: Tensor, demodulate: bool, eps: float, dtype
     o, i, k, _ = weight.shape
     out = torch.empty([n, k, k, o, i], dtype=dtype, device=weight.device)
     flat = weight.flatten(2)  # a view, unless the taps lie in a strange order
-    bi, bt, warps = _blocks(i, k)
+    bi, bt, warps = _blocks(i, k, 1024)
     # A filter is read once for all samples where there are filters enough to fill a GPU.
     _modulate_kernel[(o, n if o < 128 else 1)](
         flat,
@@ -207,7 +207,7 @@ def modulate_backward(
     dstyles = torch.empty([n, i], dtype=styles.dtype, device=styles.device)
     sums = torch.empty([n, o, i], dtype=torch.float32, device=weight.device)
     relative = demodulate and dtype == torch.float16
-    bi, bt, warps = _blocks(i, k)
+    bi, bt, warps = _blocks(i, k, 512)
     _modulate_backward_kernel[(o,)](
         dw,
         flat,

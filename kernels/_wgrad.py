@@ -17,10 +17,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clone_fast.kernels import _wgrad_tuning as tuning
 
+# One compiled kernel for all of these: nothing is faster for knowing that one of them is 1, or divisible by 16.
+SIZES = ["height", "width", "samples", "channels_a", "channels_b"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _wgrad_tiles(
     a_even,
     a_odd,
@@ -116,7 +118,7 @@ def _wgrad_tiles(
             tl.store(out + tap * out_tap, sums[j * TX + i], mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _wgrad_pointers(
     a,
     b,
@@ -178,7 +180,7 @@ def _wgrad_pointers(
     tl.store(out, sums, mask=(cb < channels_b) & (ca < channels_a))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "splits"])
 def _add_splits(parts, out, size, splits, BS: tl.constexpr, BLOCK: tl.constexpr):
     """out[i] = sum of parts[s, i] over s."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -300,7 +302,7 @@ def _launch_tiles(
     rows = height + block.ty - 1 if stride == 1 else height
     tiles = triton.cdiv(rows, block.bh) * triton.cdiv(width, block.bw) * (n // samples)
     programs = triton.cdiv(cb, block.bb) * triton.cdiv(ca, block.ba) * (k // block.ty) * (k // block.tx)
-    splits = tuning.splits(a, programs * samples, tiles, block.per_sm, k * k * ca * cb * samples, block.bh * block.bw)
+    splits = tuning.splits(a, programs * samples, tiles, block, k * k * ca * cb * samples)
     parts, strides = _partial_sums(a, splits, samples, k, inner)
     box = [1, block.bh, block.bw]
     flat = block.bh > 1 and block.bw == width
@@ -344,7 +346,7 @@ def _launch_pointers(
     block = tuning.pointers(a.dtype, ca, cb)
     tiles = triton.cdiv(height * width * (n // samples), block.bw)
     programs = triton.cdiv(cb, block.bb) * triton.cdiv(ca, block.ba) * k * k
-    splits = tuning.splits(a, programs * samples, tiles, block.per_sm, k * k * ca * cb * samples, block.bw)
+    splits = tuning.splits(a, programs * samples, tiles, block, k * k * ca * cb * samples)
     parts, strides = _partial_sums(a, splits, samples, k, inner)
     exact = a.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
     _wgrad_pointers[(programs, splits, samples)](

@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+ANY = 1 << 30  # channels
+
 
 @dataclass(frozen=True)
 class Block:
@@ -20,6 +22,7 @@ class Block:
         bb, ba: channels of b and of a.
         warps, stages: of the launch.
         per_sm: programs that fit on a multiprocessor at once.
+        latency: of a step, in microseconds, where nothing else bounds it.
     """
 
     ty: int
@@ -31,6 +34,7 @@ class Block:
     warps: int
     stages: int
     per_sm: int
+    latency: float = 0.35
 
 
 def capability(x: Tensor) -> tuple[int, int]:
@@ -47,31 +51,44 @@ def _width(channels: int, most: int) -> int:
     return min(max(16, triton.next_power_of_2(channels)), most)
 
 
-# (bytes of an element, stride, channels of the wider image at most) -> block for 3 x 3 taps.
+# (compute capability, bytes of an element, stride) -> {channels of the wider image at most: block}, for 3 x 3 taps.
+# Other GPUs take the entries of 9.0 until somebody has measured there.
 NINE_TAPS = {
-    (2, 1, 32): Block(3, 3, 1, 64, 32, 32, 4, 3, 2),
-    (2, 1, 64): Block(3, 3, 1, 64, 64, 64, 8, 3, 1),
-    (2, 1, 1 << 30): Block(1, 3, 1, 64, 128, 128, 8, 3, 1),
-    (2, 2, 64): Block(3, 3, 1, 64, 64, 32, 4, 3, 1),
-    (2, 2, 1 << 30): Block(1, 3, 1, 64, 128, 128, 8, 3, 1),
-    (4, 1, 32): Block(3, 3, 1, 32, 32, 32, 4, 3, 2),
-    (4, 1, 1 << 30): Block(1, 3, 1, 32, 64, 64, 8, 3, 2),
-    (4, 2, 1 << 30): Block(1, 3, 1, 32, 64, 64, 8, 3, 2),
+    ((9, 0), 2, 1): {
+        32: Block(3, 3, 1, 64, 32, 32, 2, 3, 4),
+        64: Block(3, 1, 1, 64, 64, 64, 4, 3, 2),
+        256: Block(1, 1, 1, 64, 128, 128, 4, 3, 2),
+        ANY: Block(1, 3, 1, 64, 128, 64, 4, 3, 1),
+    },
+    ((9, 0), 2, 2): {
+        64: Block(1, 3, 1, 64, 64, 32, 4, 4, 2),
+        128: Block(1, 3, 1, 64, 64, 64, 4, 3, 2),
+        ANY: Block(1, 3, 1, 64, 128, 64, 4, 3, 1),
+    },
+    ((9, 0), 4, 1): {
+        32: Block(3, 3, 1, 32, 32, 32, 2, 3, 4),
+        64: Block(3, 3, 1, 32, 32, 64, 4, 3, 2),
+    },
+    ((9, 0), 4, 2): {
+        64: Block(1, 3, 1, 32, 64, 32, 2, 3, 3),
+    },
 }
+# bytes of an element -> block of one tap: for 1 x 1, and for many channels of an image not wider than 16, where three
+# taps spill registers.
 ONE_TAP = {
-    (2, 1, 1 << 30): Block(1, 1, 1, 64, 128, 128, 8, 4, 1),
-    (2, 2, 1 << 30): Block(1, 1, 1, 64, 128, 128, 8, 4, 1),
-    (4, 1, 1 << 30): Block(1, 1, 1, 32, 64, 64, 4, 4, 2),
-    (4, 2, 1 << 30): Block(1, 1, 1, 32, 64, 64, 4, 4, 2),
+    2: Block(1, 1, 1, 64, 128, 128, 4, 3, 2),
+    4: Block(1, 1, 1, 32, 32, 128, 4, 3, 2),
 }
 
 
 def tiles(device: tuple[int, int], dtype: torch.dtype, ca: int, cb: int, k: int, stride: int, size: list[int]) -> Block:
     """The block for the route "tiles", fitted to few channels and small images."""
-    table = ONE_TAP if k == 1 else NINE_TAPS
-    width = max(ca, cb)
-    key = min(key for key in table if key[:2] == (dtype.itemsize, stride) and width <= key[2])
-    block = table[key]
+    if k == 1:
+        block = ONE_TAP[dtype.itemsize]
+    else:
+        table = NINE_TAPS.get((device, dtype.itemsize, stride)) or NINE_TAPS[(9, 0), dtype.itemsize, stride]
+        width = min(width for width in table if max(ca, cb) <= width)
+        block = ONE_TAP[dtype.itemsize] if width == ANY and size[1] <= 16 else table[width]
     pixels = block.bh * block.bw
     bw = min(pixels, max(4 if stride == 1 else 16, triton.next_power_of_2(size[1])))
     bh = pixels // bw if stride == 1 else 1
@@ -80,28 +97,29 @@ def tiles(device: tuple[int, int], dtype: torch.dtype, ca: int, cb: int, k: int,
 
 def pointers(dtype: torch.dtype, ca: int, cb: int) -> Block:
     """The block for the route "pointers"; bw counts pixels in reading order."""
-    return Block(1, 1, 1, 128 if dtype.itemsize == 2 else 64, _width(cb, 64), _width(ca, 64), 4, 2, 4)
+    return Block(1, 1, 1, 128 if dtype.itemsize == 2 else 64, _width(cb, 64), _width(ca, 64), 4, 2, 4, latency=1.5)
 
 
 def route(device: tuple[int, int], dtype: torch.dtype, ca: int, cb: int, k: int, stride: int, size: list[int]) -> str:
-    """ "tiles", or "cudnn" where that was measured to be faster."""
-    return "tiles"
+    """ "tiles", or "cudnn" where that was measured to be faster: in TF32 with more than 64 channels."""
+    return "cudnn" if dtype == torch.float32 and k > 1 and max(ca, cb) > 64 else "tiles"
 
 
 @functools.cache
-def _best_splits(slots: int, programs: int, tiles: int, outputs: int, pixels: int) -> int:
+def _best_splits(slots: int, programs: int, tiles: int, outputs: int, pixels: int, latency: float) -> int:
     def cost(splits: int) -> float:
-        """Microseconds: the matrix units, idle in the last wave, then the sums of the splits through the L2 cache."""
-        work = 2e-9 * outputs * tiles * pixels / 0.6
-        waves = -(-programs * splits // slots) * slots / (programs * splits)
-        return work * waves * (-(-tiles // splits) * splits / tiles) + (splits > 1) * (2 + 2e-6 * splits * outputs)
+        """Microseconds: the matrix units, idle in the last wave, or a step's latency; then the sums of the splits."""
+        waves, steps = -(-programs * splits // slots), -(-tiles // splits)
+        work = 2e-9 / 0.6 * outputs * pixels * steps / programs * slots
+        return waves * max(work, latency * steps) + (splits > 1) * (2 + 2e-6 * splits * outputs)
 
     return min(range(1, min(tiles, max(1, 4 * slots // programs)) + 1), key=cost)
 
 
-def splits(x: Tensor, programs: int, tiles: int, per_sm: int, outputs: int, pixels: int) -> int:
-    """Into how many parts to cut the sum over `tiles` steps of `pixels` each, so that the GPU is full and no fuller."""
-    return _best_splits(_processors(x.device) * per_sm, programs, tiles, outputs, pixels)
+def splits(x: Tensor, programs: int, tiles: int, block: Block, outputs: int) -> int:
+    """Into how many parts to cut the sum over `tiles` steps, so that the GPU is full and no fuller."""
+    slots = _processors(x.device) * block.per_sm
+    return _best_splits(slots, programs, tiles, outputs, block.bh * block.bw, block.latency)
 
 
 def addition(size: int, splits: int) -> tuple[int, int]:

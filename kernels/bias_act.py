@@ -3,6 +3,8 @@
 Memory is seen as a matrix [rows, columns] with the columns in a row. Where the bias belongs to the last axis in memory
 (channels_last, matrices), a column has its channel; otherwise (contiguous images), a row has. Every tensor is read or
 written once. The gradient of the bias is summed in two steps, in an order that is always the same.
+
+Offsets have 32 bits: a tensor has less than 2^31 elements, and where they may wrap around, beyond its end, is masked.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from clone_fast.kernels._dense import extents, layout_of
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WARPS = 8
 VECTORS = {"forward": 4, "gradient": 2, "second": 2}  # 16-byte accesses of a thread to each tensor
-PROGRAMS = 132 * 8  # into how many pieces a sum for the bias is cut, about
+# How many programs a gradient with a sum for the bias gets, about. By column each leaves a sum for every channel.
+PROGRAMS_BY_ROW, PROGRAMS_BY_COLUMN = 132 * 8, 132 * 4
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
@@ -80,7 +83,7 @@ def elementwise_kernel(
     m = (tl.program_id(0) // tiles) * BM + tl.arange(0, BM)
     k = (tl.program_id(0) % tiles) * BK + tl.arange(0, BK)
     inside = (m < M)[:, None] & (k < K)[None, :]
-    at = m.to(tl.int64)[:, None] * K + k[None, :]
+    at = m[:, None] * K + k[None, :]
     z = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + _bias(b, m, k, C, HAS_BIAS, BY_ROW)
     if KIND == "forward":
         result = gain * activation(z, alpha, ACT)
@@ -138,10 +141,10 @@ def gradients_kernel(
     for first in range(start, end, BK if BY_ROW else BM):
         if BY_ROW:
             inside = (m < M)[:, None] & (first + k < end)[None, :]
-            at = m.to(tl.int64)[:, None] * K + (first + k)[None, :]
+            at = m[:, None] * K + (first + k)[None, :]
         else:
             inside = (first + m < end)[:, None] & (k < K)[None, :]
-            at = (first + m).to(tl.int64)[:, None] * K + k[None, :]
+            at = (first + m)[:, None] * K + k[None, :]
         z = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + bias
         g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         dz = _gradient(g, z, alpha, gain, clamp, ACT, HAS_CLAMP)
@@ -188,8 +191,8 @@ def _matrix(x: Tensor, b: Tensor | None, dim: int, vectors: int) -> Matrix:
         rows, columns, by_row = 1, outer * channels * inner, True
     elif inner > 1:
         rows, columns, by_row = outer * channels, inner, True
-    else:  # several rows count as one where that makes 16-byte accesses possible: RGB in channels_last
-        fold = lanes // math.gcd(channels, lanes)
+    else:  # several rows count as one where Triton then sees that 16 bytes may be read at once: RGB in channels_last
+        fold = 16 // math.gcd(channels, 16)
         fold = fold if outer % fold == 0 else 1
         rows, columns, by_row = outer // fold, channels * fold, False
     # Few widths, so that few kernels are compiled; the images of a StyleGAN are powers of 4.
@@ -274,7 +277,8 @@ def launch_backward(
     dx, db = torch.empty_like(x, memory_format=layout), torch.empty_like(b)
     matrix = _matrix(x, b, dim, VECTORS["gradient"])
     across = triton.cdiv(matrix.rows, matrix.tile_rows), triton.cdiv(matrix.columns, matrix.tile_columns)
-    steps = max(1, across[0] * across[1] // PROGRAMS)  # tiles of a program
+    programs = PROGRAMS_BY_ROW if matrix.by_row else PROGRAMS_BY_COLUMN
+    steps = max(1, across[0] * across[1] // programs)  # tiles of a program
     if matrix.by_row:
         pieces = triton.cdiv(across[1], steps)
         programs, count = across[0] * pieces, matrix.rows // matrix.channels * pieces
@@ -299,7 +303,7 @@ def launch_backward(
         BK=matrix.tile_columns,
         num_warps=WARPS,
     )
-    wide = 4 if matrix.channels <= 4 else 32
+    wide = 4 if matrix.channels <= 4 else 8  # few channels for a program, so that many programs share the work
     sum_kernel[(triton.cdiv(matrix.channels, wide),)](
         partial, db, count, matrix.channels, BP=4096 // wide, BC=wide, num_warps=WARPS
     )

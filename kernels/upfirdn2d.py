@@ -15,15 +15,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# (block of numbers in a row, warps, programs per multiprocessor) by compute capability, mode and whether channels_last.
+# (most numbers of a row in a program, how many of them in a warp, warps on a multiprocessor) by compute capability,
+# mode, whether the layout is channels_last, and bytes of an element. No more warps than fit in, so that none waits.
 TUNING = {
     (9, 0): {
-        ("same", True): (1024, 4, 8),
-        ("same", False): (1024, 4, 8),
-        ("down", True): (1024, 4, 8),
-        ("down", False): (512, 4, 8),
-        ("up", True): (1024, 4, 8),
-        ("up", False): (512, 4, 8),
+        ("same", True, 2): (1024, 256, 20),
+        ("same", True, 4): (512, 128, 20),
+        ("same", False, 2): (512, 128, 16),
+        ("same", False, 4): (512, 128, 16),
+        ("down", True, 2): (1024, 256, 20),
+        ("down", True, 4): (512, 128, 16),
+        ("down", False, 2): (512, 128, 16),
+        ("down", False, 4): (512, 128, 16),
+        ("up", True, 2): (1024, 256, 24),
+        ("up", True, 4): (512, 128, 24),
+        ("up", False, 2): (512, 128, 12),
+        ("up", False, 4): (512, 128, 12),
     },
 }
 GENERAL_BLOCK = 256
@@ -80,20 +87,25 @@ def _dot4(taps, v0, v1, v2, v3):
 
 
 @triton.jit
-def _where(c, h, w, oh, ow, blocks, bands, BLOCK: tl.constexpr):
+def _where(c, blocks, bands, zero, PLANES: tl.constexpr, BLOCK: tl.constexpr):
     """This program's image (64 bits), band of rows, and the column and channel of each of its numbers."""
     program = tl.program_id(0)
     number = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    if PLANES:
+        # The windows of NCHW begin anywhere, so that vectors cannot be loaded. The compiler does not know that this is
+        # zero: it gives up storing vectors too, and lets neighbouring threads have neighbouring numbers.
+        number += zero
     program = program // blocks
     band = program % bands
     image = (program // bands).to(tl.int64)
     return image, band, number // c, number % c
 
 
-@triton.jit
-def _same_kernel(x, f, y, gain, c, h, w, oh, ow, pad_x, pad_y, blocks, bands, rows,
-                 FLIP: tl.constexpr, SEPARABLE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    image, band, ox, channel = _where(c, h, w, oh, ow, blocks, bands, BLOCK)
+@triton.jit(do_not_specialize=["zero"])
+def _same_kernel(x, f, y, gain, c, h, w, oh, ow, pad_x, pad_y, blocks, bands, rows, zero,
+                 FLIP: tl.constexpr, SEPARABLE: tl.constexpr, PLANES: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    image, band, ox, channel = _where(c, blocks, bands, zero, PLANES, BLOCK)
     first = band * rows
     rows = tl.minimum(rows, oh - first)
     x += image * (h * w * c)
@@ -118,10 +130,11 @@ def _same_kernel(x, f, y, gain, c, h, w, oh, ow, pad_x, pad_y, blocks, bands, ro
         tl.store(y + (first + r - 3) * (ow * c), done, mask=(ox < ow) & _row_inside(r - 3, rows, ox))
 
 
-@triton.jit
-def _down_kernel(x, f, y, gain, c, h, w, oh, ow, pad_x, pad_y, blocks, bands, rows,
-                 FLIP: tl.constexpr, SEPARABLE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    image, band, ox, channel = _where(c, h, w, oh, ow, blocks, bands, BLOCK)
+@triton.jit(do_not_specialize=["zero"])
+def _down_kernel(x, f, y, gain, c, h, w, oh, ow, pad_x, pad_y, blocks, bands, rows, zero,
+                 FLIP: tl.constexpr, SEPARABLE: tl.constexpr, PLANES: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    image, band, ox, channel = _where(c, blocks, bands, zero, PLANES, BLOCK)
     first = band * rows
     rows = tl.minimum(rows, oh - first)
     x += image * (h * w * c)
@@ -171,10 +184,10 @@ def _between(taps, v0, v1, v2, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _store_pair(y, oy, oh, column, channel, left, right, ow, c, INTERLEAVE: tl.constexpr, BLOCK: tl.constexpr):
+def _store_pair(y, oy, oh, column, channel, left, right, ow, c, PLANES: tl.constexpr):
     row = y + oy * (ow * c)
-    if INTERLEAVE:  # c is 1
-        both = tl.min(column, 0) + tl.arange(0, 2 * BLOCK)
+    if PLANES:
+        both = tl.interleave(column, column + 1)
         tl.store(row + both, tl.interleave(left, right), mask=(both < ow) & _row_inside(oy, oh, both))
     else:
         at = row + (column * c + channel)
@@ -183,16 +196,16 @@ def _store_pair(y, oy, oh, column, channel, left, right, ow, c, INTERLEAVE: tl.c
         tl.store(at + c, right, mask=inside & (column + 1 < ow))
 
 
-@triton.jit
-def _up_kernel(x, f, y, gain, c, h, w, oh, ow, pad_x, pad_y, blocks, bands, rows,
-               FLIP: tl.constexpr, SEPARABLE: tl.constexpr, EVEN: tl.constexpr, INTERLEAVE: tl.constexpr,
+@triton.jit(do_not_specialize=["zero"])
+def _up_kernel(x, f, y, gain, c, h, w, oh, ow, pad_x, pad_y, blocks, bands, rows, zero,
+               FLIP: tl.constexpr, SEPARABLE: tl.constexpr, PLANES: tl.constexpr, EVEN: tl.constexpr,
                BLOCK: tl.constexpr):  # fmt: skip
     """Pairs of output rows between two input rows: the upper sees taps 1 and 3, the lower 0 and 2; columns likewise.
 
-    Where the vertical padding is even the first pair begins above the image. Columns do that too, unless they are
-    interleaved, which wants aligned pairs: EVEN says that their phase is the other one.
+    Where the padding is even the first pair begins above the image, and left of it. In NCHW it does not do the latter:
+    pairs are interleaved there, and aligned. EVEN says that their phase is the other one.
     """
-    image, band, pair, channel = _where(c, h, w, oh, ow, blocks, bands, BLOCK)
+    image, band, pair, channel = _where(c, blocks, bands, zero, PLANES, BLOCK)
     start = (pad_y & 1) - 1
     oy = start + 2 * band * rows
     rows = tl.minimum(rows, (oh - oy + 1) // 2)
@@ -216,10 +229,10 @@ def _up_kernel(x, f, y, gain, c, h, w, oh, ow, pad_x, pad_y, blocks, bands, rows
         n0, n1, n2 = _three_columns(x, iy + r + 2, end, ix, channel, w, c, EVEN)  # while this one is used
         left, right = _between(upper, u0, u1, u2, EVEN)
         left_, right_ = _between(bottom, v0, v1, v2, EVEN)
-        _store_pair(y, oy + 2 * r, oh, ox, channel, left + left_, right + right_, ow, c, INTERLEAVE, BLOCK)
+        _store_pair(y, oy + 2 * r, oh, ox, channel, left + left_, right + right_, ow, c, PLANES)
         left, right = _between(top, u0, u1, u2, EVEN)
         left_, right_ = _between(lower, v0, v1, v2, EVEN)
-        _store_pair(y, oy + 2 * r + 1, oh, ox, channel, left + left_, right + right_, ow, c, INTERLEAVE, BLOCK)
+        _store_pair(y, oy + 2 * r + 1, oh, ox, channel, left + left_, right + right_, ow, c, PLANES)
         u0, u1, u2 = v0, v1, v2
 
 
@@ -298,15 +311,18 @@ def _pass(
         return y
     kernel, columns, total = {"same": _same_kernel, "down": _down_kernel, "up": _up_kernel}[mode], ow, oh
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-    block, warps, programs = TUNING.get(capability, TUNING[9, 0])[mode, c > 1]
+    block, per_warp, warps = TUNING.get(capability, TUNING[9, 0])[mode, c > 1, x.element_size()]
+    flags["PLANES"] = c == 1
     if mode == "up":
-        flags |= {"INTERLEAVE": c == 1, "EVEN": c == 1 and x0 % 2 == 0}
+        flags["EVEN"] = c == 1 and x0 % 2 == 0
         columns, total = (ow + (0 if flags["EVEN"] else 1 - x0 % 2) + 1) // 2, (oh + 1 - y0 % 2 + 1) // 2
+    block = max(per_warp, min(block, triton.next_power_of_2(columns * c)))
     blocks = triton.cdiv(columns * c, block)
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
-    bands = min(max(1, multiprocessors * programs // (blocks * images)), max(1, total // 8))
+    programs = multiprocessors * warps * per_warp // block
+    bands = min(max(1, programs // (blocks * images)), max(1, total // 8))
     rows = triton.cdiv(total, bands)
     bands = triton.cdiv(total, rows)
-    sizes = (c, h, w, oh, ow, x0, y0, blocks, bands, rows)
-    kernel[blocks * bands * images,](x, f, y, gain, *sizes, **flags, BLOCK=block, num_warps=warps)
+    sizes = (c, h, w, oh, ow, x0, y0, blocks, bands, rows, 0)
+    kernel[blocks * bands * images,](x, f, y, gain, *sizes, **flags, BLOCK=block, num_warps=block // per_warp)
     return y

@@ -42,7 +42,7 @@ HOUSE = (
     Layer("reference", packages="torch"),
     Layer("kernels", packages="torch triton"),
     Layer("_C", packages=""),  # csrc, compiled; absent where there is no nvcc
-    Layer("cuda", imports="_C"),
+    Layer("cuda", imports="_C kernels"),  # kernels: how memory is to lie, which both floors want the same way
     Layer("ops", imports="reference", lazily="kernels cuda _C triton"),
     Layer("nn", imports="ops"),
     Layer("losses", imports="ops"),

@@ -58,9 +58,7 @@ def assert_close(got: Tensor, want: Tensor, plain: Tensor) -> None:
 @pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_everything_fused(
-    leaf: Any, shape: tuple[int, ...], dtype: torch.dtype, portable: bool, blocks: int
-) -> None:
+def test_everything_fused(leaf: Any, shape: tuple[int, ...], dtype: torch.dtype, portable: bool, blocks: int) -> None:
     n, i, o, h, w = shape
     x = as_layout(fresh(n, i, h, w, dtype=dtype), "channels_last")
     weight = fresh(n, 3, 3, o, i, dtype=dtype, scale=(9 * i) ** -0.5).permute(0, 3, 4, 1, 2)

@@ -16,14 +16,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_empty")]
 
 HALF = [torch.bfloat16, torch.float16]
 # [N, I, O, H, W]: one pixel; one strip; one pixel more than a strip; several strips, segments and blocks of channels;
-# every depth of the input's ring; so many input channels that the filter is not a matrix
+# every depth of the input's ring
 SHAPES = [
     (1, 16, 16, 1, 1),
     (2, 64, 32, 8, 30),
-    (1, 128, 64, 9, 31),
+    (1, 64, 64, 9, 31),
     (3, 32, 48, 21, 64),
-    (1, 96, 16, 70, 3),
-    (2, 256, 32, 13, 35),
+    (1, 48, 16, 70, 3),
+    (2, 32, 32, 13, 35),
     (1, 48, 80, 12, 61),
 ]
 
@@ -79,10 +79,9 @@ def test_everything_fused(leaf: Any, shape: tuple[int, ...], dtype: torch.dtype)
     assert_close(got, spec(torch.float64), spec(dtype))
 
 
-@pytest.mark.parametrize("channels", [64, 256])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("kind", ["any", "outer product", "one-dimensional", "zero"])
-def test_filters(leaf: Any, kind: str, dtype: torch.dtype, channels: int) -> None:
+def test_filters(leaf: Any, kind: str, dtype: torch.dtype) -> None:
     """Taps of any value, which half precision can't hold, and neither symmetric nor separable."""
     f = {
         "any": fresh(4, 4, scale=0.3),
@@ -90,25 +89,24 @@ def test_filters(leaf: Any, kind: str, dtype: torch.dtype, channels: int) -> Non
         "one-dimensional": fresh(4, scale=0.5),
         "zero": fresh(4, 4, scale=0.0),
     }[kind]
-    x = as_layout(fresh(1, channels, 15, 33, dtype=dtype), "channels_last")
-    weight = fresh(32, channels, 3, 3, dtype=dtype, scale=(9 * channels) ** -0.5)
+    x = as_layout(fresh(1, 64, 15, 33, dtype=dtype), "channels_last")
+    weight = fresh(32, 64, 3, 3, dtype=dtype, scale=0.04)
     got = leaf.launch(x, weight, None, None, None, f, 2, 1, "linear", 1.0, None)
     assert_close(got, convolve(x.double(), weight.double(), f), convolve(x, weight, f))
 
 
-@pytest.mark.parametrize("channels", [64, 256])
 @pytest.mark.parametrize("options", range(8))
-def test_options(leaf: Any, options: int, channels: int) -> None:
+def test_options(leaf: Any, options: int) -> None:
     """Every choice of act, noise and weight appears, in either layout."""
     act = ("linear", "relu", "lrelu")[options % 3]
-    n, o, h, w = 2, 32, 11, 37 - options % 2
-    x = fresh(n, channels, h, w, dtype=torch.float16)
+    n, i, o, h, w = 2, 48, 32, 11, 37 - options % 2
+    x = fresh(n, i, h, w, dtype=torch.float16)
     if options // 3 == 1:
         x = as_layout(x, "channels_last")
     elif options // 3 == 2:
-        x = fresh(n, channels, h, 2 * w, dtype=torch.float16)[..., 1::2]
+        x = fresh(n, i, h, 2 * w, dtype=torch.float16)[..., 1::2]
     per_sample, flat = options % 2 == 1, options in (2, 5)
-    weight = fresh(*([n] if per_sample else []), o, channels, 3, 3, dtype=torch.float16, scale=0.03)
+    weight = fresh(*([n] if per_sample else []), o, i, 3, 3, dtype=torch.float16, scale=0.05)
     size = (2 * h, 2 * w)
     noise = None if options == 0 else fresh(*size) if flat else fresh(1, 1, *size, dtype=torch.float16)
     strength = None if options < 3 else fresh().to(torch.float16)
@@ -168,5 +166,4 @@ def test_reasons(leaf: Any) -> None:
     assert "[4, 4]" in reason(x, weight, f[:3])
     assert "[4, 4]" in reason(x, weight, None)
     assert "up=1" in reason(x, weight, f, up=1)
-    many = fresh(1, 512, 8, 8, dtype=torch.float16)
-    assert "shared memory" in reason(many, fresh(32, 512, 3, 3, dtype=torch.float16), f)
+    assert "at most 64" in reason(x.repeat(1, 4, 1, 1), weight.repeat(1, 4, 1, 1), f)

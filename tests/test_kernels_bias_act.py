@@ -69,18 +69,19 @@ def differentiated(x: Tensor, b: Tensor | None, dy: Tensor, v: Tensor, dim: int,
     return [y.detach(), dx.detach(), db[0].detach() if db else None, second]
 
 
-def away_from_clamp(x: Tensor, b: Tensor | None, dim: int, option: Any) -> Tensor:
-    """x, but where rounding decides on which side of the clamp a value lies: there 0."""
+def away_from_edges(x: Tensor, b: Tensor | None, dim: int, option: Any) -> Tensor:
+    """x, but not where rounding decides about a slope: at x + b = 0, and where the result just reaches the clamp."""
     *free, clamp = option
+    wide = None if b is None else b.double()
+    x[run(x.double(), wide, dim, ("linear", 0.0, 1.0, None)).abs() < 1e-6] += 0.5
     if clamp is not None:
-        exact = run(x.double(), None if b is None else b.double(), dim, (*free, None))
-        x[(exact.abs() - clamp).abs() < 1e-5 * clamp] = 0
+        x[(run(x.double(), wide, dim, (*free, None)).abs() - clamp).abs() < 1e-5 * clamp] = 0
     return x
 
 
 def check(leaf: Any, x: Tensor, b: Tensor | None, dim: int, option: Any) -> None:
     """All that a leaf offers, for one call, by the rule of errors; and what autograd would never notice."""
-    x = away_from_clamp(x, b, dim, option)
+    x = away_from_edges(x, b, dim, option)
     dy, v = torch.randn_like(x), torch.randn_like(x)
     call = (x, b, dim, *option)
     assert leaf.supports(*call) is None

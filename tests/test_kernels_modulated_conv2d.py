@@ -247,6 +247,20 @@ def every_launch() -> None:
     module.launch(x, weight, None, None, meta(64), None, 1, 1, "lrelu", 1.0, None)
 
 
+@needs_interpreter
+def test_table_fits_the_chip() -> None:
+    interpreted_leaf("modulated_conv2d")
+    tuning = importlib.import_module("clone_fast.kernels._conv_tuning")
+    for (mode, rows, channels, _), config in tuning.TABLE[90].items():
+        pixels = config.bh * config.bw
+        stage = (config.halves * pixels + config.bn) * config.bk * 2
+        assert pixels in (64, 128)
+        assert config.stages * stage <= (216 if config.halves == 2 else 104) * 1024
+        assert config.bn <= (256 if config.halves == 2 and pixels == 64 else 128)
+        assert config.bw <= rows or mode == 2
+        assert channels % config.bn == 0
+
+
 @pytest.mark.slow
 def test_compiles_for_sm_90() -> None:
     kernels = compiled_launches(__file__, "every_launch")

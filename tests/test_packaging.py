@@ -116,6 +116,16 @@ class TestSetup:
         offline = sys.stdlib_module_names - {"urllib", "http", "socket", "ftplib"}
         assert modules <= {"setuptools", *offline}
 
+    def test_build_brings_its_tools(self) -> None:
+        """What compiles csrc/ comes with pip: ninja and pybind11; the compiler is the machine's."""
+        requires = re.search(r"^requires = (\[.*?\])", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+        assert requires
+        names = {canonicalize_name(Requirement(line).name) for line in ast.literal_eval(requires.group(1))}
+        assert names == {"setuptools", "ninja", "pybind11"}
+
+    def test_sources_of_the_extension_are_published(self) -> None:
+        assert "graft csrc" in (ROOT / "MANIFEST.in").read_text().splitlines()
+
     def test_gate_can_be_executed(self) -> None:
         assert os.access(ROOT / ".ci" / "run", os.X_OK)
 

@@ -13,6 +13,7 @@ from clone_fast.cuda.modulated_conv2d import SLOPES, _channels_last, _in_layout_
 
 COMPUTE_CAPABILITY = (9, 0)  # the only one; its instructions are in no other
 CHANNELS = 16  # their numbers are multiples of it
+IN_CHANNELS = 64  # at most: with more, the convolution and the filter in two kernels are faster
 
 
 def supports(
@@ -41,7 +42,7 @@ def supports(
         return "the filter must be float32"
     if x.dtype == torch.float32:
         return "no kernel for float32"
-    return dtype_reason(x) or _weight_reason(weight) or _device_reason(x)
+    return dtype_reason(x) or _weight_reason(weight) or _device_reason(x.device.index, x.shape[1])
 
 
 def _weight_reason(weight: Tensor) -> str | None:
@@ -50,15 +51,19 @@ def _weight_reason(weight: Tensor) -> str | None:
         return f"a 3x3 kernel, not {k}x{k}"
     if out_channels % CHANNELS or in_channels % CHANNELS:
         return f"channels must be multiples of {CHANNELS}, got {out_channels} and {in_channels}"
+    if in_channels > IN_CHANNELS:
+        return f"at most {IN_CHANNELS} input channels, not {in_channels}"
     return None
 
 
-def _device_reason(x: Tensor) -> str | None:
-    device = torch.cuda.get_device_properties(x.device)
-    if (device.major, device.minor) != COMPUTE_CAPABILITY:
-        return f"needs compute capability 9.0, this device has {device.major}.{device.minor}"
-    if _C.resampled_conv_up_shared_memory(x.shape[1]) > device.shared_memory_per_block_optin:
-        return f"the weights of {x.shape[1]} channels do not fit into shared memory"
+@torch.compiler.assume_constant_result
+def _device_reason(device: int, channels: int) -> str | None:
+    """A compiler does not look into the extension or ask devices."""
+    found = torch.cuda.get_device_properties(device)
+    if (found.major, found.minor) != COMPUTE_CAPABILITY:
+        return f"needs compute capability 9.0, this device has {found.major}.{found.minor}"
+    if _C.resampled_conv_up_shared_memory(channels) > found.shared_memory_per_block_optin:
+        return f"the weights of {channels} channels do not fit into shared memory"
     return None
 
 
@@ -78,7 +83,8 @@ def launch(
     """y [N, O, 2 H, 2 W] of x [N, I, H, W] and finished weights [O, I, 3, 3] or [N, O, I, 3, 3].
 
     y = clamp(gain * act(conv + noise * noise_strength + bias)), in x's dtype and layout, summed in float32. What lies
-    between the transposed convolution and the filter is rounded to x's dtype, as is the result.
+    between the transposed convolution and the filter is rounded to x's dtype, as is the result. A NaN or an infinity
+    spreads to the whole 4 x 4 pixels of which it would reach one.
     """
     n, in_channels, height, width = x.shape
     out_channels = weight.shape[-4]

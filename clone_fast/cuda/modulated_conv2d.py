@@ -6,9 +6,7 @@ there. Resampling by 2 lies in `_resampled_conv.py`.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from math import inf
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,15 +16,6 @@ from clone_fast.cuda import DTYPES, dtype_reason, pointer, stream
 
 SLOPES = {"linear": 1.0, "relu": 0.0, "lrelu": 0.2}  # below zero
 CHANNELS = 64  # at most
-
-
-def _resampled() -> ModuleType | None:
-    """The twin for up=2 and down=2, where it is."""
-    if find_spec("clone_fast.cuda._resampled_conv") is None:
-        return None
-    from clone_fast.cuda import _resampled_conv
-
-    return _resampled_conv
 
 
 def supports(
@@ -44,10 +33,11 @@ def supports(
 ) -> str | None:
     """None where `launch` can run, else the reason why not."""
     if (up, down) != (1, 1):
-        twin = _resampled()
-        if twin is None:
-            return f"no kernel for up={up}, down={down}"
-        return twin.supports(x, weight, noise, noise_strength, bias, resample_filter, up, down, act, gain, clamp)
+        from clone_fast.cuda import _resampled_conv  # which takes its helpers from here
+
+        return _resampled_conv.supports(
+            x, weight, noise, noise_strength, bias, resample_filter, up, down, act, gain, clamp
+        )
     if act not in SLOPES:
         return f"fuses {', '.join(SLOPES)}, not {act}"
     if gain <= 0:
@@ -74,10 +64,13 @@ def launch(
     once.
     """
     if (up, down) != (1, 1):
-        twin = _resampled()
-        if twin is None:
-            raise ValueError(f"modulated_conv2d: no kernel for up={up}, down={down}")
-        return twin.launch(x, weight, noise, noise_strength, bias, resample_filter, up, down, act, gain, clamp)
+        from clone_fast.cuda import _resampled_conv  # which takes its helpers from here
+
+        if resample_filter is None:
+            raise ValueError(f"modulated_conv2d: resample_filter is needed for up={up}, down={down}, got None")
+        return _resampled_conv.launch(
+            x, weight, noise, noise_strength, bias, resample_filter, up, down, act, gain, clamp
+        )
     return _conv3x3(x, weight, False, noise, noise_strength, bias, SLOPES[act], gain, clamp)
 
 
@@ -86,7 +79,7 @@ def supports_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transpos
     k = weight.shape[-1]
     if (k, stride, padding) != (3, 1, 1):
         return f"a 3x3 kernel with stride 1 and padding 1, not {k}x{k} with stride {stride} and padding {padding}"
-    return _dtype_reason(x) or _channels_reason(*weight.shape[-4:-2]) or _device_reason(x, *weight.shape[-4:-2])
+    return _reason(x, weight.shape[-3], weight.shape[-4], "modulated_conv2d_3x3_fits")
 
 
 def launch_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
@@ -101,8 +94,7 @@ def supports_wgrad(a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_
     """None where `launch_wgrad` can run, else the reason why not."""
     if (k, stride, padding) != (3, 1, 1):
         return f"a 3x3 kernel with stride 1 and padding 1, not {k}x{k} with stride {stride} and padding {padding}"
-    channels = b.shape[1], a.shape[1]
-    return _dtype_reason(a) or _channels_reason(*channels) or _device_reason(a, *channels)
+    return _reason(a, a.shape[1], b.shape[1], "modulated_conv2d_3x3_wgrad_fits")
 
 
 def launch_wgrad(a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sample: bool) -> Tensor:
@@ -139,20 +131,23 @@ def _wgrad3x3(a: Tensor, b: Tensor, per_sample: bool, partials: int) -> Tensor:
     return y if per_sample else y[0]
 
 
-def _dtype_reason(x: Tensor) -> str | None:
-    return dtype_reason(x) or ("no kernel for float32" if x.dtype == torch.float32 else None)
+@torch.compiler.assume_constant_result
+def _fits(kernel: str, device: int, from_channels: int, to_channels: int) -> bool:
+    """Whether a kernel runs on this device; a compiler does not look into the extension."""
+    found: bool = getattr(_C, kernel)(device, from_channels, to_channels)
+    return found
 
 
-def _channels_reason(*channels: int) -> str | None:
-    if all(count % 8 == 0 and count <= CHANNELS for count in channels):
-        return None
-    return f"channels must be multiples of 8 and at most {CHANNELS}, got {' and '.join(map(str, channels))}"
-
-
-def _device_reason(x: Tensor, out_channels: int, in_channels: int) -> str | None:
-    if _C.modulated_conv2d_3x3_fits(x.get_device(), in_channels, out_channels):
-        return None
-    return "needs compute capability 8.0 and more shared memory than this device has"
+def _reason(x: Tensor, from_channels: int, to_channels: int, kernel: str) -> str | None:
+    """What speaks against a kernel between so many channels in x's dtype, on x's device."""
+    reason = dtype_reason(x)
+    if reason or x.dtype == torch.float32:
+        return reason or "no kernel for float32"
+    if any(count % 8 or count > CHANNELS for count in (from_channels, to_channels)):
+        return f"channels must be multiples of 8 and at most {CHANNELS}, got {from_channels} and {to_channels}"
+    if not _fits(kernel, x.device.index, from_channels, to_channels):
+        return "needs compute capability 8.0 and more shared memory than this device has"
+    return None
 
 
 def _channels_last(x: Tensor) -> Tensor:
