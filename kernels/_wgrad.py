@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from clone_fast.kernels import _wgrad_tuning as tuning
 
 # One compiled kernel for all of these: nothing is faster for knowing that one of them is 1, or divisible by 16.
-SIZES = ["height", "width", "samples", "channels_a", "channels_b"]
+SIZES = ["height", "width", "samples"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -51,25 +51,27 @@ def _width(channels: int, most: int) -> int:
     return min(max(16, triton.next_power_of_2(channels)), most)
 
 
-# (compute capability, bytes of an element, stride) -> {channels of the wider image at most: block}, for 3 x 3 taps.
-# Other GPUs take the entries of 9.0 until somebody has measured there.
+# The tables below are of this compute capability; where nobody has measured, a block that every GPU has room for.
+MEASURED = (9, 0)
+ANYWHERE = {2: Block(1, 1, 1, 32, 64, 64, 4, 2, 2), 4: Block(1, 1, 1, 32, 32, 64, 4, 2, 2)}
+# (bytes of an element, stride) -> {channels of the wider image at most: block}, for 3 x 3 taps.
 NINE_TAPS = {
-    ((9, 0), 2, 1): {
+    (2, 1): {
         32: Block(3, 3, 1, 64, 32, 32, 2, 3, 4),
         64: Block(3, 1, 1, 64, 64, 64, 4, 3, 2),
         256: Block(1, 1, 1, 64, 128, 128, 4, 3, 2),
         ANY: Block(1, 3, 1, 64, 128, 64, 4, 3, 1),
     },
-    ((9, 0), 2, 2): {
+    (2, 2): {
         64: Block(1, 3, 1, 64, 64, 32, 4, 4, 2),
         128: Block(1, 3, 1, 64, 64, 64, 4, 3, 2),
         ANY: Block(1, 3, 1, 64, 128, 64, 4, 3, 1),
     },
-    ((9, 0), 4, 1): {
+    (4, 1): {
         32: Block(3, 3, 1, 32, 32, 32, 2, 3, 4),
         64: Block(3, 3, 1, 32, 32, 64, 4, 3, 2),
     },
-    ((9, 0), 4, 2): {
+    (4, 2): {
         64: Block(1, 3, 1, 32, 64, 32, 2, 3, 3),
     },
 }
@@ -83,10 +85,12 @@ ONE_TAP = {
 
 def tiles(device: tuple[int, int], dtype: torch.dtype, ca: int, cb: int, k: int, stride: int, size: list[int]) -> Block:
     """The block for the route "tiles", fitted to few channels and small images."""
-    if k == 1:
+    if device != MEASURED:
+        block = ANYWHERE[dtype.itemsize]
+    elif k == 1:
         block = ONE_TAP[dtype.itemsize]
     else:
-        table = NINE_TAPS.get((device, dtype.itemsize, stride)) or NINE_TAPS[(9, 0), dtype.itemsize, stride]
+        table = NINE_TAPS[dtype.itemsize, stride]
         width = min(width for width in table if max(ca, cb) <= width)
         block = ONE_TAP[dtype.itemsize] if width == ANY and size[1] <= 16 else table[width]
     pixels = block.bh * block.bw

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clone_fast.kernels._dense import layout_of
+
 # (most numbers of a row in a program, how many of them in a warp, warps on a multiprocessor) by compute capability,
 # mode, whether the layout is channels_last, and bytes of an element. No more warps than fit in, so that none waits.
 TUNING = {
@@ -25,8 +27,8 @@ TUNING = {
         ("same", False, 4): (512, 128, 16),
         ("down", True, 2): (1024, 256, 20),
         ("down", True, 4): (512, 128, 16),
-        ("down", False, 2): (512, 128, 16),
-        ("down", False, 4): (512, 128, 16),
+        ("down", False, 2): (512, 128, 12),
+        ("down", False, 4): (512, 128, 12),
         ("up", True, 2): (1024, 256, 24),
         ("up", True, 4): (512, 128, 24),
         ("up", False, 2): (512, 128, 12),
@@ -34,6 +36,8 @@ TUNING = {
     },
 }
 GENERAL_BLOCK = 256
+# Arguments whose values the compiler shall not build on: one kernel for all sizes of image. Only c makes a difference.
+SIZES = ["h", "w", "oh", "ow", "pad_x", "pad_y"]
 
 
 @triton.jit
@@ -101,7 +105,7 @@ def _where(c, blocks, bands, zero, PLANES: tl.constexpr, BLOCK: tl.constexpr):
     return image, band, number // c, number % c
 
 
-@triton.jit(do_not_specialize=["zero"])
+@triton.jit(do_not_specialize=[*SIZES, "blocks", "bands", "rows", "zero"])
 def _same_kernel(x, f, y, gain, c, h, w, oh, ow, pad_x, pad_y, blocks, bands, rows, zero,
                  FLIP: tl.constexpr, SEPARABLE: tl.constexpr, PLANES: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
@@ -130,7 +134,7 @@ def _same_kernel(x, f, y, gain, c, h, w, oh, ow, pad_x, pad_y, blocks, bands, ro
         tl.store(y + (first + r - 3) * (ow * c), done, mask=(ox < ow) & _row_inside(r - 3, rows, ox))
 
 
-@triton.jit(do_not_specialize=["zero"])
+@triton.jit(do_not_specialize=[*SIZES, "blocks", "bands", "rows", "zero"])
 def _down_kernel(x, f, y, gain, c, h, w, oh, ow, pad_x, pad_y, blocks, bands, rows, zero,
                  FLIP: tl.constexpr, SEPARABLE: tl.constexpr, PLANES: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
@@ -196,7 +200,7 @@ def _store_pair(y, oy, oh, column, channel, left, right, ow, c, PLANES: tl.const
         tl.store(at + c, right, mask=inside & (column + 1 < ow))
 
 
-@triton.jit(do_not_specialize=["zero"])
+@triton.jit(do_not_specialize=[*SIZES, "blocks", "bands", "rows", "zero"])
 def _up_kernel(x, f, y, gain, c, h, w, oh, ow, pad_x, pad_y, blocks, bands, rows, zero,
                FLIP: tl.constexpr, SEPARABLE: tl.constexpr, PLANES: tl.constexpr, EVEN: tl.constexpr,
                BLOCK: tl.constexpr):  # fmt: skip
@@ -236,12 +240,12 @@ def _up_kernel(x, f, y, gain, c, h, w, oh, ow, pad_x, pad_y, blocks, bands, rows
         u0, u1, u2 = v0, v1, v2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "outputs"])
 def _general_kernel(x, f, y, gain, c, h, w, oh, ow, up_x, up_y, down_x, down_y, pad_x, pad_y, outputs,
                     FH: tl.constexpr, FW: tl.constexpr, FLIP: tl.constexpr, SEPARABLE: tl.constexpr,
                     BLOCK: tl.constexpr):  # fmt: skip
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    wanted = index < outputs
+    wanted = (index >= 0) & (index < outputs)
     channel = index % c
     pixel = index // c
     ox = pixel % ow
@@ -267,16 +271,15 @@ def supports(
     """None, or why this call cannot run."""
     if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return None
-    return f"{'float64' if x.dtype == torch.float64 else x.dtype} runs on the reference only"
+    name = str(x.dtype).removeprefix("torch.")
+    return "float64 runs on the reference only" if x.dtype == torch.float64 else f"no kernel for {name}"
 
 
 def launch(
     x: Tensor, f: Tensor, up: list[int], down: list[int], padding: list[int], flip_filter: bool, gain: float
 ) -> Tensor:
     """See `clone_fast.ops.upfirdn2d.upfirdn2d`; up and down [x, y], padding [x0, x1, y0, y1]."""
-    layout = torch.contiguous_format
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        layout = torch.channels_last
+    layout = layout_of(x)
     x, f = x.contiguous(memory_format=layout), f.contiguous()
     if f.ndim == 1 and f.shape[0] > 4:  # one axis after the other, what lies between them in float32
         across, downwards = (f[None, :], [up[0], 1], [down[0], 1], [*padding[:2], 0, 0]), f[:, None]

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import interpreted  # noqa: F401  # first: it decides how Triton runs, which Triton asks once
 import numpy as np
 import pytest
 import torch

@@ -1,9 +1,9 @@
 """Triton kernels on a CPU: the leaves of kernels/, run by Triton's interpreter.
 
-Triton decides when it is imported whether it compiles or interprets, its own library included. So a test module says
-`from interpreted import interpreted_leaf, needs_interpreter` before anything imports triton: where no GPU is visible
-this sets TRITON_INTERPRET=1 for the whole test process. With a GPU the process compiles, and the interpreted tests are
-skipped, visibly, unless the caller has set TRITON_INTERPRET=1.
+Triton decides when it is imported whether it compiles or interprets, its own library included. So conftest.py imports
+this module before anything imports triton: where no GPU is visible it sets TRITON_INTERPRET=1 for the whole test
+process. With a GPU the process compiles, and the interpreted tests are skipped, visibly, unless the caller has set
+TRITON_INTERPRET=1.
 
 Ahead-of-time compilation needs the other state, and therefore a process of its own: see ahead_of_time.py.
 """

@@ -174,6 +174,14 @@ def test_wgrad_of_random_arguments(nan_empty: None) -> None:
             check_wgrad(case, dtype, pick("contiguous", "channels_last"), pick(False, True), "cuda")
 
 
+@needs_interpreter
+def test_wgrad_on_gpus_that_nobody_measured(monkeypatch: pytest.MonkeyPatch, nan_empty: None) -> None:
+    module = leaf("_wgrad", "cpu")
+    monkeypatch.setattr(module.tuning, "capability", lambda x: (8, 6))
+    for case in WGRADS[1], WGRADS[3], WGRADS[5]:
+        check_wgrad(case, torch.float16, "channels_last", True, "cpu")
+
+
 @pytest.mark.parametrize("device", WHERE)
 def test_wgrad_reasons(device: str) -> None:
     module = leaf("_wgrad", device)

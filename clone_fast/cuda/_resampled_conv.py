@@ -42,7 +42,7 @@ def supports(
         return "the filter must be float32"
     if x.dtype == torch.float32:
         return "no kernel for float32"
-    return dtype_reason(x) or _weight_reason(weight) or _device_reason(x.device.index, x.shape[1])
+    return dtype_reason(x) or _weight_reason(weight) or _device_reason(x.device.index)
 
 
 def _weight_reason(weight: Tensor) -> str | None:
@@ -57,13 +57,11 @@ def _weight_reason(weight: Tensor) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _device_reason(device: int, channels: int) -> str | None:
-    """A compiler does not look into the extension or ask devices."""
-    found = torch.cuda.get_device_properties(device)
-    if (found.major, found.minor) != COMPUTE_CAPABILITY:
-        return f"needs compute capability 9.0, this device has {found.major}.{found.minor}"
-    if _C.resampled_conv_up_shared_memory(channels) > found.shared_memory_per_block_optin:
-        return f"the weights of {channels} channels do not fit into shared memory"
+def _device_reason(device: int) -> str | None:
+    """A compiler does not ask devices."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != COMPUTE_CAPABILITY:
+        return f"needs compute capability 9.0, this device has {major}.{minor}"
     return None
 
 
