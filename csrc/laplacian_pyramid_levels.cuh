@@ -77,7 +77,7 @@ __device__ __forceinline__ void load_difference(float (&fine)[Tile::planes][Tile
 #pragma unroll 1
         for (int r = threadIdx.x / 32; r < Tile::rows + 7; r += Tile::threads / 32) {
             const std::int64_t row = clamped(at.y0 - 4 + r, height);
-#pragma unroll 1
+#pragma unroll
             for (int i = threadIdx.x % 32; i < kStrip; i += 32) {
                 const std::int64_t column = clamped(at.x0 + i, width);
                 float v = to_float(x[row * a.x_strides.h + column * a.x_strides.w]);
@@ -94,7 +94,7 @@ __device__ __forceinline__ void load_difference(float (&fine)[Tile::planes][Tile
     static_assert(Tile::threads % fours == 0);
     const int four = threadIdx.x % fours, top = threadIdx.x / fours;
     const int column = min(max(at.x0 * Tile::planes + 4 * four, 0), width * Tile::planes - 4);
-    constexpr int batch = 5;  // loads in flight for each thread and image
+    constexpr int batch = 6;  // loads in flight for each thread and image
     typename Four<T>::Bytes raw_x[batch], raw_y[batch];
 #pragma unroll
     for (int k = 0; k < count; ++k) {
@@ -274,8 +274,8 @@ template <typename T, bool kAbsolute, bool kAligned, class Tile>
 __global__ void __launch_bounds__(Tile::threads, kAbsolute ? Tile::resident : 512 / Tile::threads)
     up_level(const __grid_constant__ Up a) {
     // Where the planes of a pixel are neighbours in memory, they meet here before they are stored.
-    __shared__ __align__(
-        16) float staged[Tile::planes > 1 ? Tile::rows : 1][Tile::planes > 1 ? kStrip * Tile::planes : 4];
+    constexpr int staged_rows = Tile::planes > 1 ? Tile::rows : 1;
+    __shared__ __align__(16) float staged[staged_rows][kStrip * Tile::planes];
     if (a.sum.loss != nullptr && blockIdx.x == gridDim.x - 1) return sum_partials(a.sum);
     const Place<Tile> at(a.level);
     const int height = a.level.height, width = a.level.width;
