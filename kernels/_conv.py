@@ -158,6 +158,8 @@ def _conv_kernel(
             )
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
+    noise_value = noise_value[:, None] if NOISE else noise_value
+    bias_value = bias_value[None, :] if BIAS else bias_value
     acc = activated(acc, noise_value, factor, bias_value, gain, clamp, SLOPE, NOISE, STRENGTH, BIAS, CLAMP)
     tl.store(
         y + split * y_split + n * y_n + (y_row * y_h + y_column * y_w)[:, None] + (o * y_c)[None, :],

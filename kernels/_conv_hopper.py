@@ -202,6 +202,8 @@ def _multiply(
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(empty.index((done + STAGES - 1) % STAGES), count=1, pred=end > begin)
 
+        noise_value = noise_value[:, None] if NOISE else noise_value
+        bias_value = bias_value[None, :] if BIAS else bias_value
         acc = _activated(acc, noise_value, factor, bias_value, gain, clamp, SLOPE, NOISE, STRENGTH, BIAS, CLAMP)
         value = gl.convert_layout(acc.to(y.dtype.element_ty), STORE)
         m = gl.arange(0, BM, layout=gl.SliceLayout(1, STORE))

@@ -75,12 +75,10 @@ NINE_TAPS = {
         64: Block(1, 3, 1, 32, 64, 32, 2, 3, 3),
     },
 }
-# bytes of an element -> block of one tap: for 1 x 1, and for many channels of an image not wider than 16, where three
-# taps spill registers.
-ONE_TAP = {
-    2: Block(1, 1, 1, 64, 128, 128, 4, 3, 2),
-    4: Block(1, 1, 1, 32, 32, 128, 4, 3, 2),
-}
+# stride -> the same for more than 256 channels of an image not wider than 16, where the last entry spills registers.
+NARROW = {1: Block(1, 1, 1, 64, 128, 128, 4, 3, 2), 2: Block(1, 3, 1, 64, 64, 64, 4, 3, 2)}
+# bytes of an element -> block for 1 x 1.
+ONE_TAP = {2: Block(1, 1, 1, 64, 128, 128, 4, 3, 2), 4: Block(1, 1, 1, 32, 32, 128, 4, 3, 2)}
 
 
 def tiles(device: tuple[int, int], dtype: torch.dtype, ca: int, cb: int, k: int, stride: int, size: list[int]) -> Block:
@@ -92,11 +90,13 @@ def tiles(device: tuple[int, int], dtype: torch.dtype, ca: int, cb: int, k: int,
     else:
         table = NINE_TAPS[dtype.itemsize, stride]
         width = min(width for width in table if max(ca, cb) <= width)
-        block = ONE_TAP[dtype.itemsize] if width == ANY and size[1] <= 16 else table[width]
+        block = NARROW[stride] if width == ANY and size[1] <= 16 else table[width]
     pixels = block.bh * block.bw
     bw = min(pixels, max(4 if stride == 1 else 16, triton.next_power_of_2(size[1])))
     bh = pixels // bw if stride == 1 else 1
-    return replace(block, bh=bh, bw=bw, bb=_width(cb, block.bb), ba=_width(ca, block.ba))
+    # With stride 2 the columns of one parity have a descriptor of their own: all tap columns in one program.
+    tx = k if stride == 2 else block.tx
+    return replace(block, tx=tx, bh=bh, bw=bw, bb=_width(cb, block.bb), ba=_width(ca, block.ba))
 
 
 def pointers(dtype: torch.dtype, ca: int, cb: int) -> Block:

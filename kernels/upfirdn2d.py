@@ -41,14 +41,14 @@ SIZES = ["h", "w", "oh", "ow", "pad_x", "pad_y"]
 
 
 @triton.jit
-def _tap(f, ky, kx, FH: tl.constexpr, FW: tl.constexpr, FLIP: tl.constexpr, SEPARABLE: tl.constexpr):
+def _tap(f, ky, kx, fh, fw, FLIP: tl.constexpr, SEPARABLE: tl.constexpr):
     """F[ky, kx] of the correlation y[oy, ox] = sum F[ky, kx] x[oy + ky, ox + kx]."""
     if not FLIP:
-        ky = FH - 1 - ky
-        kx = FW - 1 - kx
+        ky = fh - 1 - ky
+        kx = fw - 1 - kx
     if SEPARABLE:
         return tl.load(f + ky) * tl.load(f + kx)
-    return tl.load(f + ky * FW + kx)
+    return tl.load(f + ky * fw + kx)
 
 
 @triton.jit
@@ -240,10 +240,9 @@ def _up_kernel(x, f, y, gain, c, h, w, oh, ow, pad_x, pad_y, blocks, bands, rows
         u0, u1, u2 = v0, v1, v2
 
 
-@triton.jit(do_not_specialize=[*SIZES, "outputs"])
-def _general_kernel(x, f, y, gain, c, h, w, oh, ow, up_x, up_y, down_x, down_y, pad_x, pad_y, outputs,
-                    FH: tl.constexpr, FW: tl.constexpr, FLIP: tl.constexpr, SEPARABLE: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=[*SIZES, "fh", "fw", "outputs"])
+def _general_kernel(x, f, y, gain, c, h, w, oh, ow, up_x, up_y, down_x, down_y, pad_x, pad_y, fh, fw, outputs,
+                    FLIP: tl.constexpr, SEPARABLE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wanted = (index >= 0) & (index < outputs)
     channel = index % c
@@ -252,16 +251,16 @@ def _general_kernel(x, f, y, gain, c, h, w, oh, ow, up_x, up_y, down_x, down_y, 
     oy = (pixel // ow) % oh
     x += (pixel // ow // oh).to(tl.int64) * (h * w * c) + channel
     total = tl.zeros([BLOCK], tl.float32)
-    for ky in range(FH):
+    for ky in range(fh):
         upsampled_y = oy * down_y + ky - pad_y
         iy = upsampled_y // up_y
         row_in = wanted & (upsampled_y >= 0) & (iy < h) & (upsampled_y % up_y == 0)
-        for kx in range(FW):
+        for kx in range(fw):
             upsampled_x = ox * down_x + kx - pad_x
             ix = upsampled_x // up_x
             inside = row_in & (upsampled_x >= 0) & (ix < w) & (upsampled_x % up_x == 0)
             value = tl.load(x + (iy * w + ix) * c, mask=inside, other=0.0).to(tl.float32)
-            total += tl.where(inside, _tap(f, ky, kx, FH, FW, FLIP, SEPARABLE), 0.0) * value
+            total += tl.where(inside, _tap(f, ky, kx, fh, fw, FLIP, SEPARABLE), 0.0) * value
     tl.store(y + index, gain * total, mask=wanted)
 
 
@@ -309,8 +308,8 @@ def _pass(
     mode = {(1, 1, 1, 1): "same", (2, 2, 1, 1): "up", (1, 1, 2, 2): "down"}.get((up[0], up[1], down[0], down[1]))
     if mode is None or (fh, fw) != (4, 4):
         grid = (triton.cdiv(y.numel(), GENERAL_BLOCK),)
-        sizes = (c, h, w, oh, ow, *up, *down, x0, y0, y.numel())
-        _general_kernel[grid](x, f, y, gain, *sizes, FH=fh, FW=fw, **flags, BLOCK=GENERAL_BLOCK)
+        sizes = (c, h, w, oh, ow, *up, *down, x0, y0, fh, fw, y.numel())
+        _general_kernel[grid](x, f, y, gain, *sizes, **flags, BLOCK=GENERAL_BLOCK)
         return y
     kernel, columns, total = {"same": _same_kernel, "down": _down_kernel, "up": _up_kernel}[mode], ow, oh
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)

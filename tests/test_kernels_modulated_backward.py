@@ -70,6 +70,8 @@ WGRADS = [
     (1, 16, 16, 1, 1, 3, 1, 1),  # one pixel
     (2, 16, 8, 4, 5, 3, 2, 0),  # the up layer: a is [2H+1, 2W+1]
     (1, 8, 8, 3, 3, 3, 2, 1),
+    *[(1, 8, cb, 2, 5, 3, stride, 2 - stride) for cb in (72, 136, 264) for stride in (1, 2)],  # rows of the table
+    *[(1, 8, 264, 2, 17, 3, stride, 2 - stride) for stride in (1, 2)],
     (2, 5, 3, 6, 6, 3, 1, 1),  # what no descriptor can describe
     (1, 5, 3, 3, 3, 3, 2, 1),
     (2, 16, 3, 6, 6, 1, 1, 0),  # ToRGB
@@ -123,14 +125,14 @@ def test_wgrad(case: tuple[int, ...], device: str, nan_empty: None) -> None:
 @pytest.mark.parametrize("device", WHERE)
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 def test_wgrad_of_other_layouts(layout: str, device: str, nan_empty: None) -> None:
-    for case in WGRADS[0], WGRADS[4], WGRADS[8]:
+    for case in (2, 8, 16, 5, 7, 3, 1, 1), (2, 16, 8, 4, 5, 3, 2, 0), (2, 16, 3, 6, 6, 1, 1, 0):
         check_wgrad(case, torch.float16, layout, True, device)
 
 
 @pytest.mark.parametrize("device", WHERE)
 def test_wgrad_with_tf32(device: str, nan_empty: None) -> None:
     with tf32(True):
-        for case in WGRADS[:6]:
+        for case in WGRADS[:7]:
             check_wgrad(case, torch.float32, "channels_last", True, device)
 
 
@@ -178,7 +180,7 @@ def test_wgrad_of_random_arguments(nan_empty: None) -> None:
 def test_wgrad_on_gpus_that_nobody_measured(monkeypatch: pytest.MonkeyPatch, nan_empty: None) -> None:
     module = leaf("_wgrad", "cpu")
     monkeypatch.setattr(module.tuning, "capability", lambda x: (8, 6))
-    for case in WGRADS[1], WGRADS[3], WGRADS[5]:
+    for case in WGRADS:
         check_wgrad(case, torch.float16, "channels_last", True, "cpu")
 
 
