@@ -15,6 +15,7 @@ import functools
 import importlib
 import itertools
 import math
+import os
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from benchmarks import clock
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 ROUNDS = 5  # on a CPU
+COMPILED = os.environ.get("CLONE_FAST_BENCH_COMPILED") != "0"  # without that baseline a run takes minutes less
 ROWS: list[dict[str, Any]] = []  # of this run on a GPU
 SAVED = {"bias_act": ("x",), "modulated_conv2d": ("x", "weight", "result")}  # what a backward must read once more
 
@@ -186,8 +188,8 @@ def _gpu_times(case: Case, inputs: dict[str, Tensor], dy: Tensor | None, about: 
     cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
     rotation = [inputs, *(case.inputs() for _ in range(min(2 * cache // held + 1, 15)))]
 
-    def timed(function: Callable[..., Tensor]) -> clock.Times:
-        return clock.captured(lambda one: run(function, one, dy), rotation)
+    def timed(function: Callable[..., Tensor], names: Sequence[str] = tuple(inputs)) -> clock.Times:
+        return clock.captured(lambda one: run(function, {name: one[name] for name in names}, dy), rotation)
 
     torch.cuda.reset_peak_memory_stats()
     run(case.on("ops"), inputs, dy)
@@ -207,12 +209,12 @@ def _gpu_times(case: Case, inputs: dict[str, Tensor], dy: Tensor | None, about: 
     }
     row |= {"tflop_per_s": about["operations"] / ours.p50 / 1e6, "copy_us": clock.copy_time(about["bytes"])}
     row["eager_us"] = timed(case.on("reference")).p50
-    if case.compiled:
+    if case.compiled and COMPILED:
         torch._dynamo.reset()
         row["compiled_us"] = timed(torch.compile(case.on("reference"), dynamic=False)).p50
     if case.bare is not None:
         bare = case.bare
-        row["cudnn_us"] = timed(lambda **tensors: bare(tensors)).p50
+        row["cudnn_us"] = timed(lambda **tensors: bare(tensors), ("x", "weight")).p50
     return row
 
 

@@ -291,7 +291,7 @@ def convolve(
         )
         return out
     _conv_kernel[(tiles[0] * tiles[1] * tiles[2] * config.split * images,)](
-        x=image[0] if use else x,
+        x=image[0] if image and use else x,
         w=weights if use else w,
         height=x.shape[2],
         width=x.shape[3],

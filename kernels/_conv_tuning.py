@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+# Gluon, in which the kernel with divided warps is written, has had this form since Triton 3.6.
+GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 SHARED_MEMORY = {75: 48, 80: 160, 86: 96, 89: 96, 90: 222}  # KB that the stages of one program may take
 
 
@@ -133,7 +135,7 @@ def choose(
     """
     arch, processors = architecture(device)
     size, like = (1 << (pixels.bit_length() - 1) for pixels in (rows, columns))
-    hopper_runs = descriptors and arch == 90 and device.type != "cpu"
+    hopper_runs = descriptors and arch == 90 and device.type != "cpu" and GLUON
     if hopper_runs and k == 3 and dtype.itemsize == 2 and size == like and in_channels >= 64:
         found = TABLE[arch].get((mode, size, out_channels, images > 1))
         if found:

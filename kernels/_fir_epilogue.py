@@ -290,7 +290,7 @@ def fir(
     fh, fw = (1, 1) if f is None else (f.shape[0], f.shape[-1])
     n, channels, height, width = y.shape
     bc = min(triton.next_power_of_2(channels), 256 // x.element_size())
-    pixels = max(16, 2048 // bc)
+    pixels = max(16, (2048 if f is None else 1024) // bc)
     bw = min(triton.next_power_of_2(width), 16)
     bh = min(triton.next_power_of_2(height), pixels // bw)
     grid = (n * triton.cdiv(channels, bc) * triton.cdiv(width, bw) * triton.cdiv(height, bh),)

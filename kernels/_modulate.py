@@ -24,6 +24,7 @@ def _modulate_kernel(
     out,
     samples,
     channels,
+    w_n,
     w_o,
     w_i,
     w_tap,
@@ -32,6 +33,7 @@ def _modulate_kernel(
     eps,
     fan_in,
     TAPS: tl.constexpr,
+    OWN: tl.constexpr,
     DEMODULATE: tl.constexpr,
     NORMALISE: tl.constexpr,
     TINY_VALUE: tl.constexpr,
@@ -40,18 +42,24 @@ def _modulate_kernel(
 ):
     """out [N, k, k, O, I]; programs (o, share of the samples).
 
+    OWN: every sample has a weight of its own.
     NORMALISE: scales weights and styles to what float16 can hold; the demodulation cancels both factors again.
     """
     o = tl.program_id(0)
     i = tl.arange(0, BI)[:, None]
     tap = tl.arange(0, BT)[None, :]
     inside = (i < channels) & (tap < TAPS)
-    w = tl.load(weight + o * w_o + i * w_i + tap * w_tap, mask=inside, other=0.0).to(tl.float32)
+    weight += o * w_o + i * w_i + tap * w_tap
+    w = tl.load(weight, mask=inside & (not OWN), other=0.0).to(tl.float32)
     if NORMALISE:
         w *= 1.0 / (tl.sqrt(fan_in) * tl.maximum(tl.max(tl.abs(w)), TINY_VALUE))
     across = tl.arange(0, BI)[None, :]
     down = tl.arange(0, BT)[:, None]
     for n in range(tl.program_id(1), samples, tl.num_programs(1)):
+        if OWN:
+            w = tl.load(weight + n * w_n, mask=inside, other=0.0).to(tl.float32)
+            if NORMALISE:
+                w *= 1.0 / (tl.sqrt(fan_in) * tl.maximum(tl.max(tl.abs(w)), TINY_VALUE))
         s = tl.load(styles + n * s_n + i * s_i, mask=i < channels, other=0.0).to(tl.float32)
         if NORMALISE:
             s *= 1.0 / tl.maximum(tl.max(tl.abs(s)), TINY_VALUE)
@@ -77,9 +85,11 @@ def _modulate_backward_kernel(
     dw_o,
     dw_i,
     dw_tap,
+    w_n,
     w_o,
     w_i,
     w_tap,
+    d_n,
     d_o,
     d_i,
     d_tap,
@@ -87,6 +97,7 @@ def _modulate_backward_kernel(
     s_i,
     eps,
     TAPS: tl.constexpr,
+    OWN: tl.constexpr,
     DEMODULATE: tl.constexpr,
     EPS_OF_SIZE: tl.constexpr,
     TINY_VALUE: tl.constexpr,
@@ -103,7 +114,9 @@ def _modulate_backward_kernel(
     i = tl.arange(0, BI)[:, None]
     tap = tl.arange(0, BT)[None, :]
     inside = (i < channels) & (tap < TAPS)
-    w = tl.load(weight + o * w_o + i * w_i + tap * w_tap, mask=inside, other=0.0).to(tl.float32)
+    weight += o * w_o + i * w_i + tap * w_tap
+    dweight += o * d_o + i * d_i + tap * d_tap
+    w = tl.load(weight, mask=inside & (not OWN), other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(w))
     total = tl.zeros((BI, BT), dtype=tl.float32)
     # Read the way it lies in memory, taps first, and turned in registers.
@@ -111,6 +124,9 @@ def _modulate_backward_kernel(
     down = tl.arange(0, BT)[:, None]
     dw += o * dw_o + across * dw_i + down * dw_tap
     for n in range(samples):
+        if OWN:
+            w = tl.load(weight + n * w_n, mask=inside, other=0.0).to(tl.float32)
+            largest = tl.max(tl.abs(w))
         s = tl.load(styles + n * s_n + i * s_i, mask=i < channels, other=0.0).to(tl.float32)
         grad = tl.load(dw + n * dw_n, mask=(across < channels) & (down < TAPS), other=0.0).to(tl.float32)
         grad = tl.trans(grad)
@@ -123,10 +139,14 @@ def _modulate_backward_kernel(
             d = tl.rsqrt(tl.sum(product * product) + factor)
             lost = d * tl.sum(grad * product) * d * d  # in this order nothing overflows where the weights are zero
             grad = d * grad - lost * product
-        total += s * grad
+        if OWN:
+            tl.store(dweight + n * d_n, (s * grad).to(dweight.dtype.element_ty), mask=inside)
+        else:
+            total += s * grad
         dstyle = tl.sum(w * grad, axis=1, keep_dims=True)
         tl.store(styles_sums + (n * tl.num_programs(0) + o) * channels + i, dstyle, mask=i < channels)
-    tl.store(dweight + o * d_o + i * d_i + tap * d_tap, total.to(dweight.dtype.element_ty), mask=inside)
+    if not OWN:
+        tl.store(dweight, total.to(dweight.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -149,11 +169,17 @@ def _blocks(in_channels: int, k: int, elements: int) -> tuple[int, int, int]:
     return bi, bt, min(max(4, bi * bt // elements), 32)
 
 
+def _strides(weight: Tensor) -> tuple[int, ...]:
+    """(sample, o, i, tap) of [(N,) O, I, taps]; one weight for all samples has none for them."""
+    return (0, *weight.stride()) if weight.ndim == 3 else weight.stride()
+
+
 def modulate(weight: Tensor, styles: Tensor, demodulate: bool, eps: float, dtype: torch.dtype) -> Tensor:
     """weight * styles * d in dtype, computed in float32 and rounded once.
 
     Args:
-        weight: [O, I, k, k]; styles: [N, I]; float32, float16 or bfloat16, any strides.
+        weight: [O, I, k, k], or [N, O, I, k, k] where every sample has its own; styles: [N, I]; float32, float16 or
+            bfloat16, any strides.
         eps: inside the root of the demodulation. For a result in float16 it counts relative to the largest weight and
             style, which is what normalising both first amounts to.
 
@@ -161,22 +187,23 @@ def modulate(weight: Tensor, styles: Tensor, demodulate: bool, eps: float, dtype
         [N, O, I, k, k], in memory [N, k, k, O, I].
     """
     n = styles.shape[0]
-    o, i, k, _ = weight.shape
+    o, i, k, _ = weight.shape[-4:]
     out = torch.empty([n, k, k, o, i], dtype=dtype, device=weight.device)
-    flat = weight.flatten(2)  # a view, unless the taps lie in a strange order
+    flat = weight.flatten(-2)  # a view, unless the taps lie in a strange order
     bi, bt, warps = _blocks(i, k, 1024)
     # A filter is read once for all samples where there are filters enough to fill a GPU.
-    _modulate_kernel[(o, n if o < 128 else 1)](
+    _modulate_kernel[(o, n if o < 128 or weight.ndim == 5 else 1)](
         flat,
         styles,
         out,
         n,
         i,
-        *flat.stride(),
+        *_strides(flat),
         *styles.stride(),
         eps,
         float(i * k * k),
         TAPS=k * k,
+        OWN=weight.ndim == 5,
         DEMODULATE=demodulate,
         NORMALISE=demodulate and dtype == torch.float16,
         TINY_VALUE=TINY,
@@ -201,8 +228,8 @@ def modulate_backward(
         (like weight, like styles), each in its dtype; sums in float32.
     """
     n = styles.shape[0]
-    o, i, k, _ = weight.shape
-    flat, dw = weight.flatten(2), dw.flatten(3)
+    o, i, k, _ = weight.shape[-4:]
+    flat, dw = weight.flatten(-2), dw.flatten(3)
     dweight = torch.empty_like(flat)
     dstyles = torch.empty([n, i], dtype=styles.dtype, device=styles.device)
     sums = torch.empty([n, o, i], dtype=torch.float32, device=weight.device)
@@ -217,11 +244,12 @@ def modulate_backward(
         n,
         i,
         *dw.stride(),
-        *flat.stride(),
-        *dweight.stride(),
+        *_strides(flat),
+        *_strides(dweight),
         *styles.stride(),
         eps * i * k * k if relative else eps,
         TAPS=k * k,
+        OWN=weight.ndim == 5,
         DEMODULATE=demodulate,
         EPS_OF_SIZE=relative,
         TINY_VALUE=TINY,
@@ -231,4 +259,4 @@ def modulate_backward(
     )
     columns = 16
     _add_rows[(triton.cdiv(i, columns), n)](sums, dstyles, o, i, BR=256, BC=columns, num_warps=4)
-    return dweight.unflatten(2, (k, k)), dstyles
+    return dweight.unflatten(-1, (k, k)), dstyles

@@ -106,7 +106,8 @@ def complaints(call: Call, backend: str) -> list[str]:
         if value.dtype != reference.dtype or value.shape != reference.shape:
             found.append(f"{name}: {value.dtype} {list(value.shape)}, not {reference.dtype} {list(reference.shape)}")
             continue
-        if name == "result" and not value.is_contiguous(memory_format=layout_of(call.inputs()["x"])):
+        layout = layout_of(call.inputs()["x"])
+        if name == "result" and value.ndim == 4 and not value.is_contiguous(memory_format=layout):
             found.append(f"result: strides {value.stride()} of {list(value.shape)}")
         error, plain_error = ((v.double() - exact_value).abs().max().item() for v in (value, reference))
         scale = max(exact_value.abs().max().item(), reduced_scale(call, name, dy))

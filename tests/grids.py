@@ -18,7 +18,7 @@ def as_layout(x: Tensor, layout: str) -> Tensor:
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "strided":
-        larger = torch.full([x.shape[0], x.shape[1], 2 * x.shape[3], x.shape[2] + 1], float("nan"), dtype=x.dtype)
+        larger = x.new_full([x.shape[0], x.shape[1], 2 * x.shape[3], x.shape[2] + 1], float("nan"))
         view = larger[:, :, ::2, 1:].transpose(2, 3)
         view.copy_(x)
         return view

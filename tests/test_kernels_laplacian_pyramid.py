@@ -89,7 +89,9 @@ def check(leaf: ModuleType, x: Tensor, y: Tensor, *args: Any, scale: float = -1.
         check_close("coarse", coarse, want, plain)
     band = band.requires_grad_()
     (want,) = torch.autograd.grad(distance(band, charbonnier).sum(), band)
-    torch.testing.assert_close(slope.double(), want, rtol=0, atol=0 if charbonnier is None else 1e-5)
+    # The slope of the smooth distance amplifies a rounding of the band, which is of unit size, by 1 / charbonnier.
+    allowed = 0 if charbonnier is None else 8 * torch.finfo(torch.float32).eps / min(charbonnier, 0.1)
+    torch.testing.assert_close(slope.double(), want, rtol=0, atol=allowed)
 
 
 def random_calls(count: int, largest: int) -> Iterator[tuple[tuple[int, ...], torch.dtype, str, tuple[Any, ...]]]:

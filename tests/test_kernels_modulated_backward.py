@@ -300,8 +300,8 @@ MODULATES = [(8, 24, 3, 2), (16, 32, 1, 1), (5, 7, 5, 3), (1, 16, 3, 2)]  # O, I
 def modulated(weight: Tensor, styles: Tensor, demodulate: bool, eps: float, normalise: bool) -> Tensor:
     """[N, O, I, k, k] as the reference modulates, in the dtype of the arguments; no gradient to the largest of them."""
     if normalise:
-        largest = weight.detach().abs().amax(dim=[1, 2, 3], keepdim=True)
-        weight = weight * (weight[0].numel() ** -0.5 / largest)
+        largest = weight.detach().abs().amax(dim=[-3, -2, -1], keepdim=True)
+        weight = weight * ((weight.shape[-3] * weight.shape[-1] ** 2) ** -0.5 / largest)
         styles = styles / styles.detach().abs().amax(dim=1, keepdim=True)
     w = weight * styles[:, None, :, None, None]
     return w * (w.square().sum(dim=[2, 3, 4], keepdim=True) + eps).rsqrt() if demodulate else w
@@ -309,13 +309,17 @@ def modulated(weight: Tensor, styles: Tensor, demodulate: bool, eps: float, norm
 
 @pytest.mark.parametrize("device", WHERE)
 @pytest.mark.parametrize("demodulate", [True, False])
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("case", MODULATES, ids=str)
-def test_modulate_and_its_gradient(case: tuple[int, ...], demodulate: bool, device: str, nan_empty: None) -> None:
+def test_modulate_and_its_gradient(
+    case: tuple[int, ...], own: bool, demodulate: bool, device: str, nan_empty: None
+) -> None:
     o, i, k, n = case
     module = leaf("_modulate", device)
     cases = itertools.product([torch.float32, torch.float16, torch.bfloat16], ["contiguous", "channels_last"])
     for (dtype, layout), eps in itertools.product(cases, [1e-8, 1e-3]):
-        weight = as_layout(torch.randn(o, i, k, k), layout).to(device)
+        weight = as_layout(torch.randn(n * o if own else o, i, k, k), layout).to(device)
+        weight = weight.unflatten(0, (n, o)) if own else weight
         styles = (torch.randn(n, i) + 1).to(device)
         normalise = demodulate and dtype == torch.float16
         exact = [t.double().requires_grad_() for t in (weight, styles)]

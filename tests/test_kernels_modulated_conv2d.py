@@ -167,6 +167,31 @@ def test_fused_forward(device: str, dtype: torch.dtype, up: int, down: int, k: i
 
 
 @pytest.mark.parametrize("device", WHERE)
+@pytest.mark.parametrize("halves", [0, 1, 2])
+def test_copy_engine(device: str, halves: int) -> None:
+    """Tiles that come through tensor descriptors, with the sum whole and split, and more tiles than fit the image."""
+    if halves and device == "cpu":
+        pytest.skip("Triton does not interpret the kernel with divided warps")
+    leaf(device)
+    convs, finish, tuning = (
+        importlib.import_module(f"clone_fast.kernels.{n}") for n in ("_conv", "_fir_epilogue", "_conv_tuning")
+    )
+    tile = (8, 8) if halves else (1, 64)
+    for (stride, padding, transposed), split in itertools.product(CONVOLUTIONS, [1, 3]):
+        x = random(device, torch.float16, 2, 24, 5, 7, layout="channels_last")
+        shared = random(device, torch.float16, 40, 24, 3, 3).contiguous(memory_format=torch.channels_last)
+        modulated = random(device, torch.float16, 6, 3, 24, 40).reshape(2, 3, 3, 24, 40).permute(0, 4, 3, 1, 2)
+        for weight in (shared, modulated):
+            geometry = convs.Geometry.of(x, 3, stride, padding, transposed)
+            y = torch.empty([2, 40, geometry.height, geometry.width], dtype=x.dtype, device=device)
+            config = tuning.Config(*tile, 32, 16, 4, 2, split, halves)
+            parts = convs.convolve(x, weight, geometry, y, config=config)
+            y = y if parts is y else finish.fir(parts, y)
+            want = conv(x.double(), weight.double(), stride, padding, transposed)
+            assert_by_rule(y, want, conv(x, weight, stride, padding, transposed))
+
+
+@pytest.mark.parametrize("device", WHERE)
 def test_reasons(device: str) -> None:
     module = leaf(device)
     x, weight = random(device, torch.float32, 1, 4, 3, 3), random(device, torch.float32, 4, 4, 3, 3)
