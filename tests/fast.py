@@ -111,7 +111,9 @@ def complaints(call: Call, backend: str) -> list[str]:
             found.append(f"result: strides {value.stride()} of {list(value.shape)}")
         error, plain_error = ((v.double() - exact_value).abs().max().item() for v in (value, reference))
         scale = max(exact_value.abs().max().item(), reduced_scale(call, name, dy))
-        allowed = 2 * plain_error + torch.finfo(value.dtype).eps * scale
+        # With TF32 PyTorch may use more bits than that for some shapes; the rounding of TF32 is the floor all the same.
+        eps = 2.0**-10 if call.tf32 else torch.finfo(value.dtype).eps
+        allowed = 2 * plain_error + eps * scale
         if not error <= allowed:
             found.append(f"{name}: error {error:.3g}, allowed {allowed:.3g}, largest {exact_value.abs().max():.3g}")
         if value.numel() > 8 and exact_value.norm() > 1e-3 * scale and not cosine(value, exact_value) > 0.99:
