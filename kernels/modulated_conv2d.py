@@ -43,6 +43,11 @@ def route(x: Tensor, weight: Tensor) -> str:
     return "cudnn" if x.device.type == "cuda" and x.dtype == torch.float32 else "triton"
 
 
+def describe(x: Tensor, weight: Tensor, *_: object) -> str:
+    """What multiplies, for `clone_fast.explain`."""
+    return {"triton": "multiplied in Triton", "cudnn": "multiplied by cuDNN"}[route(x, weight)]
+
+
 def supports_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> str | None:
     """None, or why `launch_conv` cannot run."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):

@@ -336,6 +336,17 @@ def test_explain(leaves: dict[str, str | None]) -> None:
     assert explain("laplacian_pyramid", X, X).splitlines()[-1] == "laplacian_pyramid on reference: accepted"
 
 
+def test_explain_says_how_a_leaf_would_run(leaves: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    leaf = made(supports=lambda *args: None, launch=lambda x, *args: x, describe=lambda x, *args: "in two passes")
+    monkeypatch.setattr(dispatch, "leaf", lambda op, name: leaf if name == "triton" else "none")
+    monkeypatch.setattr(dispatch, "_why_not", lambda op, name, x, args: None if name == "triton" else "none")
+    assert explain("bias_act", X).splitlines() == [
+        "bias_act on cuda: none",
+        "bias_act on triton: accepted, in two passes",
+        "bias_act on reference: accepted",
+    ]
+
+
 def test_explain_refuses_what_the_op_refuses() -> None:
     with pytest.raises(ValueError, match=r"^explain: op must be one of bias_act, upfirdn2d, .*, got 'conv2d'$"):
         explain("conv2d", X)

@@ -32,6 +32,7 @@ CANNOT = "cannot run this call: "
 PREFERENCE = ("cuda", "triton")  # what "auto" tries before the reference
 
 _scoped: ContextVar[str | None] = ContextVar("clone_fast_backend", default=None)
+_notes: ContextVar[list[str | None] | None] = ContextVar("clone_fast_notes", default=None)  # while `explain` asks
 _warned: set[str] = set()
 _leaves: dict[tuple[str, str], Leaf | str] = {}
 
@@ -49,6 +50,12 @@ class Leaf:
         supports = getattr(self.functions, f"supports_{step}" if step else "supports", None)
         reason: str | None = supports(*args) if supports is not None else None
         return reason
+
+    def describe(self, args: tuple[Any, ...]) -> str | None:
+        """What the leaf says of how it would run the op, where it has more than one way."""
+        describe = getattr(self.functions, "describe", None)
+        found: str | None = describe(*args) if describe is not None else None
+        return found
 
     def has(self, step: str) -> bool:
         """Whether the step exists at all."""
@@ -150,6 +157,7 @@ def resolve(op: str, requested: str, x: Tensor, *args: Any) -> str:
         reason = _why_not(op, name, x, args)
         if reason:
             raise BackendError(f"{op}: backend {name!r} {CANNOT}{reason}")
+        _note(op, name, (x, *args))
         return name
     if not x.is_cuda:
         return "reference"
@@ -162,6 +170,15 @@ def resolve(op: str, requested: str, x: Tensor, *args: Any) -> str:
     if reasons:
         _report_fallback(f"{op}: fell back to the reference ({'; '.join(reasons)})")
     return "reference"
+
+
+def _note(op: str, name: str, args: tuple[Any, ...]) -> None:
+    """For `explain`: how this call will run."""
+    if torch.compiler.is_compiling():
+        return
+    notes, found = _notes.get(), leaf(op, name)
+    if notes is not None and not isinstance(found, str):
+        notes.append(found.describe(args))
 
 
 @torch.compiler.assume_constant_result
@@ -236,11 +253,15 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     )
     lines = []
     for name in (*PREFERENCE, "reference"):
+        notes: list[str | None] = []
+        token = _notes.set(notes)
         try:
             with torch.no_grad():
                 function(*args, **kwargs, backend=name)
-            verdict = "accepted"
+            verdict = "accepted" + "".join(f", {note}" for note in notes if note)
         except BackendError as error:
             verdict = str(error).partition(CANNOT)[2]
+        finally:
+            _notes.reset(token)
         lines.append(f"{op} on {name}: {verdict}")
     return "\n".join(lines)
