@@ -228,6 +228,10 @@ def _modulated_conv2d(pick: Random) -> Call:
         tensors["bias"] = _normal(o)
     if up * down > 1:
         options["resample_filter"] = setup_filter(pick.choice([[1, 3, 3, 1], [1, 3, 3, 1], [1, 2, 1], [1, 4, 2, 3, 1]]))
-    options |= {"act": pick.choice(["linear", "relu", "lrelu", "lrelu"]), "clamp": pick.choice([None, 2.0])}
-    options |= {"gain": pick.choice([None, 0.5])}
+    acts = ["linear", "relu", "lrelu", "lrelu", "lrelu", "swish", "tanh"]
+    options |= {
+        "act": pick.choice(acts),
+        "clamp": pick.choice([None, 2.0]),
+        "gain": pick.choice([None, None, 0.5, -0.5]),
+    }
     return Call("modulated_conv2d", tensors, options)

@@ -195,6 +195,16 @@ def test_modulated_conv2d_forms_of_noise(shape: list[int]) -> None:
     assert gradcheck(function(list(args), act="relu"), tuple(args.values()))
 
 
+@pytest.mark.usefixtures("on_leaf")
+@pytest.mark.parametrize(("act", "gain"), [("swish", None), ("tanh", 0.5), ("lrelu", -0.7)])
+def test_modulated_conv2d_with_an_activation_that_no_epilogue_has(act: str, gain: float | None) -> None:
+    args = tensors(1, 1, 1)
+    run = function(list(args), act=act, gain=gain, clamp=1.5)
+    assert gradcheck(run, tuple(args.values()))
+    reference = function(list(args), act=act, gain=gain, clamp=1.5, backend="reference")
+    torch.testing.assert_close(run(*args.values()), reference(*args.values()))
+
+
 @pytest.mark.parametrize("per_sample", [True, False])
 @pytest.mark.parametrize(("up", "down"), RESAMPLING)
 def test_modulated_conv2d_ops(up: int, down: int, per_sample: bool) -> None:

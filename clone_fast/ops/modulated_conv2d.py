@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clone_fast.ops.bias_act import bias_act
 from clone_fast.ops.checks import (
     check_activation,
     check_filter,
@@ -35,6 +36,8 @@ from clone_fast.reference import modulated_conv2d as spec
 from clone_fast.reference.bias_act import ACTIVATIONS, activation_defaults
 
 __all__ = ["modulated_conv2d"]
+
+FUSED = ("linear", "relu", "lrelu")  # what a convolution's epilogue can do, and undo from its result, with a gain > 0
 
 _CONV = (
     "Tensor x, Tensor weight, Tensor? noise, Tensor? noise_strength, Tensor? bias, Tensor? resample_filter, "
@@ -229,7 +232,8 @@ def modulated_conv2d(
         noise: [H', W'], [1, 1, H', W'] or [N, 1, H', W'] at the size of the result, added before the bias; or None.
         noise_strength: scalar tensor, the factor of the noise; None for 1.
         bias: [O].
-        act, gain, clamp: as in `bias_act`.
+        act, gain, clamp: as in `bias_act`. Linear, relu and lrelu with a gain > 0 are done with the convolution, the
+            others in a pass of their own.
         eps: inside the square root of the demodulation; 1e-8 on the unscaled weights is NVIDIA's convention.
         backend: "auto", "reference", "triton" or "cuda".
 
@@ -274,7 +278,8 @@ def modulated_conv2d(
     check_number(op, "eps", eps)
     _, gain_value = activation_defaults(act, None, gain)
     limit = None if clamp is None else float(clamp)
-    geometry = (resample_filter, up, down, act, gain_value, limit)
+    fused = act in FUSED and gain_value > 0  # anything else is a pass of its own behind the convolution
+    geometry = (resample_filter, up, down, *((act, gain_value, limit) if fused else ("linear", 1.0, None)))
     chosen = resolve(op, backend, x, weight, noise, noise_strength, bias, *geometry)
     if chosen == "reference":
         exact: Tensor = _exact(
@@ -298,4 +303,4 @@ def modulated_conv2d(
         weight = _modulated_weights(weight, styles, demodulate, float(eps), x.dtype)
     tensors = (_in_dtype(value, x) for value in (weight, noise, noise_strength, bias))
     y: Tensor = _op(x, *tensors, *geometry, chosen)
-    return y
+    return y if fused else bias_act(y, act=act, gain=gain_value, clamp=limit, backend=chosen)
