@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clone_fast.kernels._dense import SLOPES, layout_of
+from clone_fast.kernels._device import multiprocessors
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SLOPES = {"linear": 1.0, "relu": 0.0, "lrelu": 0.2}  # below zero
 ELEMENTS = 2048  # of a tile
 ADDED = 512  # of a step of the second pass
 WARPS = 4
@@ -176,8 +178,7 @@ def supports_act_backward(
 @functools.cache
 def _shares(device: torch.device) -> int:
     """How many programs of the first pass: as many as a GPU holds at once."""
-    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    return PROGRAMS_PER_SM * count
+    return PROGRAMS_PER_SM * multiprocessors(device)
 
 
 def launch_act_backward(
@@ -205,8 +206,8 @@ def launch_act_backward(
     """
     n, channels, height, width = y.shape
     pixels = height * width
-    last = y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
-    layout = torch.channels_last if last else torch.contiguous_format
+    layout = layout_of(y)
+    last = layout is torch.channels_last
     y, dy = y.contiguous(memory_format=layout), dy.contiguous(memory_format=layout)
     changes = act != "linear" or clamp is not None or gain != 1.0
     g = torch.empty_like(dy) if changes else dy

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from clone_fast.kernels._device import capability, multiprocessors
+
 # Gluon, in which the kernel with divided warps is written, has had this form since Triton 3.6.
 GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 SHARED_MEMORY = {75: 48, 80: 160, 86: 96, 89: 96, 90: 222}  # KB that the stages of one program may take
@@ -28,10 +30,8 @@ class Config:
 
 def architecture(device: torch.device) -> tuple[int, int]:
     """Compute capability times ten and the number of multiprocessors; Triton's interpreter plays an sm_90."""
-    if device.type != "cuda":
-        return 90, 132
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
+    major, minor = capability(device)
+    return 10 * major + minor, multiprocessors(device)
 
 
 def has_copy_engine(device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""How the memory of a tensor looks to an elementwise kernel: dense, and a bias that belongs to one of its axes."""
+"""What the leaves of both languages share: how dense memory looks to a kernel, and what an epilogue can do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 
 import torch
 from torch import Tensor
+
+SLOPES = {"linear": 1.0, "relu": 0.0, "lrelu": 0.2}  # below zero, of the activations that an epilogue can do
 
 
 def layout_of(x: Tensor) -> torch.memory_format:

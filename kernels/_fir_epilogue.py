@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clone_fast.kernels._dense import SLOPES
+from clone_fast.kernels._device import capability, multiprocessors
 from clone_fast.kernels.upfirdn2d import SIZES, TUNING, _dot4, _four_columns, _four_taps, _row_inside, _where
-
-SLOPES = {"linear": 1.0, "relu": 0.0, "lrelu": 0.2}
 
 
 @dataclass(frozen=True)
@@ -238,12 +238,10 @@ def _slide(
     x: Tensor, y: Tensor, f: Tensor, pads: tuple[int, int], flip: bool, filter_gain: float, epilogue: Epilogue
 ) -> Tensor:
     n, c, oh, ow = y.shape
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-    block, per_warp, warps = TUNING.get(capability, TUNING[9, 0])["same", True, x.element_size()]
+    block, per_warp, warps = TUNING.get(capability(x.device), TUNING[9, 0])["same", True, x.element_size()]
     block = max(per_warp, min(block, triton.next_power_of_2(ow * c)))
     blocks = triton.cdiv(ow * c, block)
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
-    bands = min(max(1, multiprocessors * warps * per_warp // block // (blocks * n)), max(1, oh // 8))
+    bands = min(max(1, multiprocessors(x.device) * warps * per_warp // block // (blocks * n)), max(1, oh // 8))
     rows = triton.cdiv(oh, bands)
     bands = triton.cdiv(oh, rows)
     sizes = (c, x.shape[2], x.shape[3], oh, ow, *pads, blocks, bands, rows)

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clone_fast.kernels import _wgrad_tuning as tuning
+from clone_fast.kernels._device import capability
 
 # One compiled kernel for all of these: nothing is faster for knowing that one of them is 1, or divisible by 16.
 SIZES = ["height", "width", "samples"]
@@ -214,7 +215,7 @@ def wgrad_route(a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sam
     elif k not in (1, 3) or any(c * a.element_size() % 16 for c in channels) or (stride == 2 and a.shape[3] < 2):
         route = "pointers"
     else:
-        route = tuning.route(tuning.capability(a), a.dtype, *channels, k, stride, list(b.shape[2:]))
+        route = tuning.route(capability(a.device), a.dtype, *channels, k, stride, list(b.shape[2:]))
     if route == "cudnn" and not _is_convolution(a, b, k, stride, padding):
         route = "pointers"
     return route
@@ -298,7 +299,7 @@ def _launch_tiles(
     # The copy engine wants its start on 16 bytes.
     a, b = (t.contiguous(memory_format=torch.channels_last) for t in (a, b))
     a, b = (t.clone() if t.data_ptr() % 16 else t for t in (a, b))
-    block = tuning.tiles(tuning.capability(a), a.dtype, ca, cb, k, stride, [height, width])
+    block = tuning.tiles(capability(a.device), a.dtype, ca, cb, k, stride, [height, width])
     rows = height + block.ty - 1 if stride == 1 else height
     tiles = triton.cdiv(rows, block.bh) * triton.cdiv(width, block.bw) * (n // samples)
     programs = triton.cdiv(cb, block.bb) * triton.cdiv(ca, block.ba) * (k // block.ty) * (k // block.tx)

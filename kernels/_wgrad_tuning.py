@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from clone_fast.kernels._device import multiprocessors
+
 ANY = 1 << 30  # channels
 
 
@@ -35,16 +37,6 @@ class Block:
     stages: int
     per_sm: int
     latency: float = 0.35
-
-
-def capability(x: Tensor) -> tuple[int, int]:
-    """Of the device that x lies on; without one, of the GPU that the kernels are compiled ahead of time for."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _width(channels: int, most: int) -> int:
@@ -122,7 +114,7 @@ def _best_splits(slots: int, programs: int, tiles: int, outputs: int, pixels: in
 
 def splits(x: Tensor, programs: int, tiles: int, block: Block, outputs: int) -> int:
     """Into how many parts to cut the sum over `tiles` steps, so that the GPU is full and no fuller."""
-    slots = _processors(x.device) * block.per_sm
+    slots = multiprocessors(x.device) * block.per_sm
     return _best_splits(slots, programs, tiles, outputs, block.bh * block.bw, block.latency)
 
 

@@ -14,6 +14,8 @@ import triton
 from torch import Tensor
 
 from clone_fast.kernels import _laplacian_pyramid as kernels
+from clone_fast.kernels._dense import layout_of
+from clone_fast.kernels._device import capability
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -36,8 +38,7 @@ class _Grid:
     """Tiles of a level [N, C, H, W] and the arguments that every kernel takes of them."""
 
     def __init__(self, x: Tensor) -> None:
-        capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-        bh, bw, warps = TILES.get(capability, TILE)
+        bh, bw, warps = TILES.get(capability(x.device), TILE)
         n, c, height, width = x.shape
         tiles_y, tiles_x = triton.cdiv((height + 1) // 2, bh), triton.cdiv((width + 1) // 2, bw)
         self.programs = n * c * tiles_y * tiles_x
@@ -123,7 +124,6 @@ def launch_backward(dloss: Tensor, slope: Tensor, coarse: Tensor, weight0: float
 
     weight0 is that of the finest band. dloss is a float32 scalar on the device.
     """
-    rows_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    layout = torch.channels_last if rows_last else torch.contiguous_format
+    layout = layout_of(x)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
     return _upwards(slope, coarse if coarse.numel() else None, weight0, dloss, dx)

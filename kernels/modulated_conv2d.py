@@ -12,7 +12,8 @@ from torch import Tensor
 
 from clone_fast.kernels._act_backward import launch_act_backward, supports_act_backward
 from clone_fast.kernels._conv import Geometry, convolve
-from clone_fast.kernels._fir_epilogue import SLOPES, Epilogue, fir
+from clone_fast.kernels._dense import SLOPES, layout_of
+from clone_fast.kernels._fir_epilogue import Epilogue, fir
 from clone_fast.kernels._modulate import modulate as launch_modulate
 from clone_fast.kernels._modulate import modulate_backward as launch_modulate_backward
 from clone_fast.kernels._wgrad import launch_wgrad, supports_wgrad
@@ -80,13 +81,9 @@ def supports(
     return supports_conv(x, weight, 1, 0, False)
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
 def _empty(x: Tensor, channels: int, height: int, width: int, *, like_x: bool) -> Tensor:
     """[N, channels, height, width] in x's dtype; in x's layout, or channels_last."""
-    layout = torch.channels_last if not like_x or _is_channels_last(x) else torch.contiguous_format
+    layout = layout_of(x) if like_x else torch.channels_last
     size = (x.shape[0], channels, height, width)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clone_fast.kernels._dense import layout_of
+from clone_fast.kernels._device import capability, multiprocessors
 
 # (most numbers of a row in a program, how many of them in a warp, warps on a multiprocessor) by compute capability,
 # mode, whether the layout is channels_last, and bytes of an element. No more warps than fit in, so that none waits.
@@ -312,16 +313,14 @@ def _pass(
         _general_kernel[grid](x, f, y, gain, *sizes, **flags, BLOCK=GENERAL_BLOCK)
         return y
     kernel, columns, total = {"same": _same_kernel, "down": _down_kernel, "up": _up_kernel}[mode], ow, oh
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-    block, per_warp, warps = TUNING.get(capability, TUNING[9, 0])[mode, c > 1, x.element_size()]
+    block, per_warp, warps = TUNING.get(capability(x.device), TUNING[9, 0])[mode, c > 1, x.element_size()]
     flags["PLANES"] = c == 1
     if mode == "up":
         flags["EVEN"] = c == 1 and x0 % 2 == 0
         columns, total = (ow + (0 if flags["EVEN"] else 1 - x0 % 2) + 1) // 2, (oh + 1 - y0 % 2 + 1) // 2
     block = max(per_warp, min(block, triton.next_power_of_2(columns * c)))
     blocks = triton.cdiv(columns * c, block)
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
-    programs = multiprocessors * warps * per_warp // block
+    programs = multiprocessors(x.device) * warps * per_warp // block
     bands = min(max(1, programs // (blocks * images)), max(1, total // 8))
     rows = triton.cdiv(total, bands)
     bands = triton.cdiv(total, rows)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from clone_fast import _C
 from clone_fast.cuda import DTYPES, dtype_reason, pointer, stream
-from clone_fast.cuda.modulated_conv2d import SLOPES, _channels_last, _in_layout_of, _number
+from clone_fast.cuda.modulated_conv2d import _channels_last, _in_layout_of, _number
+from clone_fast.kernels._dense import SLOPES
 
 COMPUTE_CAPABILITY = (9, 0)  # the only one; its instructions are in no other
 CHANNELS = 16  # their numbers are multiples of it

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clone_fast import _C
 from clone_fast.cuda import DTYPES, dtype_reason, pointer, stream
+from clone_fast.kernels._dense import layout_of
 
 
 def supports(x: Tensor, y: Tensor, levels: int, weights: list[float], charbonnier: float | None) -> str | None:
@@ -71,9 +72,7 @@ def launch_backward(dloss: Tensor, slope: Tensor, coarse: Tensor, weight0: float
 
     weight0 is that of the finest band. dloss is a float32 scalar on the device.
     """
-    rows_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    layout = torch.channels_last if rows_last else torch.contiguous_format
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
     levels = 2 if coarse.numel() else 1  # what lies below the next level is in `coarse`
     op = _described(x, [weight0] * levels, None if slope.dtype == torch.int8 else 0.0)
     _C.laplacian_pyramid_backward(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from clone_fast import _C
 from clone_fast.cuda import DTYPES, dtype_reason, pointer, stream
+from clone_fast.kernels._dense import SLOPES, layout_of
 
-SLOPES = {"linear": 1.0, "relu": 0.0, "lrelu": 0.2}  # below zero
 CHANNELS = 64  # at most
 
 
@@ -158,8 +158,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _in_layout_of(y: Tensor, x: Tensor) -> Tensor:
     """y, which is channels_last, in the layout of a result of x."""
-    keep = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return y if keep else y.contiguous()
+    return y.contiguous(memory_format=layout_of(x))
 
 
 def _readable(weight: Tensor) -> Tensor:
