@@ -53,18 +53,23 @@ def taken(call: Call, backend: str) -> None:
         pytest.skip(str(error))
 
 
+def prepared(op: str, kind: str, backend: str, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor], Tensor]:
+    """The op's function on this backend, inputs for it, and a gradient for its result."""
+    call = call_of(op, dtype=dtype, kind=kind)
+    taken(call, backend)
+    function = partial(call.function, backend=backend)
+    inputs = call.inputs()
+    with torch.no_grad():
+        return function, inputs, calm(function(**inputs), call.options.get("clamp"))
+
+
 # ---- graphs, streams, devices ------------------------------------------------------------------------------------
 
 
 @every_op
 @every_backend
 def test_capture_and_replay_with_changed_inputs(op: str, kind: str, backend: str) -> None:
-    call = call_of(op, dtype=torch.bfloat16, kind=kind)
-    taken(call, backend)
-    function = partial(call.function, backend=backend)
-    static = call.inputs()
-    with torch.no_grad():
-        dy = calm(function(**static), call.options.get("clamp"))
+    function, static, dy = prepared(op, kind, backend, torch.bfloat16)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -90,12 +95,7 @@ def test_capture_and_replay_with_changed_inputs(op: str, kind: str, backend: str
 @every_backend
 def test_side_stream(op: str, kind: str, backend: str) -> None:
     """Work launched on any stream but the current one would read the inputs before they are there."""
-    call = call_of(op, dtype=torch.bfloat16, kind=kind)
-    taken(call, backend)
-    function = partial(call.function, backend=backend)
-    inputs = call.inputs()
-    with torch.no_grad():
-        dy = calm(function(**inputs), call.options.get("clamp"))
+    function, inputs, dy = prepared(op, kind, backend, torch.bfloat16)
     want = results(function, inputs, dy)
     late = {name: torch.full_like(value, float("nan")).requires_grad_() for name, value in inputs.items()}
     torch.cuda.synchronize()
@@ -133,12 +133,7 @@ def test_two_devices_in_one_process(op: str, kind: str, backend: str) -> None:
 @every_op
 @every_backend
 def test_the_same_call_gives_the_same_bits(op: str, kind: str, backend: str) -> None:
-    call = call_of(op, dtype=torch.float16, kind=kind)
-    taken(call, backend)
-    function = partial(call.function, backend=backend)
-    inputs = call.inputs()
-    with torch.no_grad():
-        dy = calm(function(**inputs), call.options.get("clamp"))
+    function, inputs, dy = prepared(op, kind, backend, torch.float16)
     first = results(function, inputs, dy)
     for _ in range(3):
         for name, value in results(function, inputs, dy).items():
@@ -188,12 +183,7 @@ def test_many_elements(backend: str) -> None:
 @every_op
 @every_backend
 def test_compiles_as_one_graph(op: str, kind: str, backend: str) -> None:
-    call = call_of(op, dtype=torch.float16, kind=kind)
-    taken(call, backend)
-    function = partial(call.function, backend=backend)
-    inputs = call.inputs()
-    with torch.no_grad():
-        dy = calm(function(**inputs), call.options.get("clamp"))
+    function, inputs, dy = prepared(op, kind, backend, torch.float16)
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     want = results(function, inputs, dy)
