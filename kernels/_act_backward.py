@@ -22,7 +22,9 @@ ELEMENTS = 2048  # of a tile
 ADDED = 512  # of a step of the second pass
 WARPS = 4
 PROGRAMS_PER_SM = 8
-TILES = 4  # of a program at least, so that few sums are left for the second pass
+TILES = 4  # of a program at least where the GPU is full, so that few sums are left for the second pass
+COLUMNS = 8  # channels that a program of the second pass adds: 32 bytes of each row, of ROWS rows at a time
+ROWS = 1024
 
 
 @triton.jit
@@ -97,19 +99,11 @@ def _act_backward_kernel(
                 at = (tl.program_id(1) * (tiles // tiles_p) + n) * pixels + p
                 tl.store(noise_sums + at, of_pixel.to(noise_sums.dtype.element_ty), mask=p < pixels)
     if WANT_BIAS:
+        # Side by side: sums of one program apart from each other cost 80 ps each, more than the pass over the image.
         c = tl.program_id(1) * BC + tl.arange(0, BC)
-        tl.store(bias_sums + c * tl.num_programs(0) + share, tl.sum(of_bias, axis=0), mask=c < channels)
+        tl.store(bias_sums + share * channels + c, tl.sum(of_bias, axis=0), mask=c < channels)
     if WANT_STRENGTH:
         tl.store(strength_sums + tl.program_id(1) * tl.num_programs(0) + share, tl.sum(of_strength))
-
-
-@triton.jit
-def _row_sum(x, row, size, BLOCK: tl.constexpr):
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, size, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        total += tl.load(x + row * size + i, mask=i < size, other=0.0)
-    return tl.sum(total)
 
 
 @triton.jit
@@ -131,20 +125,33 @@ def _add_sums(
     ADD_NOISE: tl.constexpr,
     WANT_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
 ):
-    """The second pass. Programs: one for each channel of the bias, then that of the strength, then the noise's."""
+    """The second pass. Programs: one for every BC channels of the bias, then that of the strength, then the noise's."""
     pid = tl.program_id(0)
-    if pid < channels:
+    of_bias = tl.cdiv(channels, BC)
+    if pid < of_bias:
         if WANT_BIAS:
-            tl.store(dbias + pid, _row_sum(bias_sums, pid, shares, BLOCK))
-    elif pid < channels + WANT_STRENGTH:
+            c = pid * BC + tl.arange(0, BC)[None, :]
+            part = tl.zeros((BR, BC), dtype=tl.float32)
+            for start in range(0, shares, BR):
+                r = start + tl.arange(0, BR)[:, None]
+                part += tl.load(bias_sums + r * channels + c, mask=(r < shares) & (c < channels), other=0.0)
+            c = pid * BC + tl.arange(0, BC)
+            tl.store(dbias + c, tl.sum(part, axis=0).to(dbias.dtype.element_ty), mask=c < channels)
+    elif pid < of_bias + WANT_STRENGTH:
         if WANT_STRENGTH:
-            tl.store(dstrength, _row_sum(strength_sums, 0, strength_shares, BLOCK))
+            line = tl.zeros((BLOCK,), dtype=tl.float32)
+            for start in range(0, strength_shares, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                line += tl.load(strength_sums + i, mask=i < strength_shares, other=0.0)
+            tl.store(dstrength, tl.sum(line).to(dstrength.dtype.element_ty))
     elif ADD_NOISE:
-        p = (pid - channels - WANT_STRENGTH) * BLOCK + tl.arange(0, BLOCK)
+        p = (pid - of_bias - WANT_STRENGTH) * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for part in range(noise_parts):
-            total += tl.load(noise_sums + part * noise_size + p, mask=p < noise_size, other=0.0)
+        for number in range(noise_parts):
+            total += tl.load(noise_sums + number * noise_size + p, mask=p < noise_size, other=0.0)
         if SCALED:
             total *= tl.load(strength).to(tl.float32)
         tl.store(dnoise + p, total.to(dnoise.dtype.element_ty), mask=p < noise_size)
@@ -175,10 +182,14 @@ def supports_act_backward(
     return None
 
 
-@functools.cache
-def _shares(device: torch.device) -> int:
-    """How many programs of the first pass: as many as a GPU holds at once."""
-    return PROGRAMS_PER_SM * multiprocessors(device)
+def _shares(device: torch.device, tiles: int, blocks: int) -> int:
+    """How many programs of the first pass share the tiles: as many as a GPU holds, fewer where that leaves them little.
+
+    Yet one for each processor if there are tiles enough; and all have as many tiles, but for the last.
+    """
+    count = multiprocessors(device)
+    shares = min(max(tiles // TILES, triton.cdiv(count, blocks)), max(1, PROGRAMS_PER_SM * count // blocks), tiles)
+    return triton.cdiv(tiles, triton.cdiv(tiles, shares))
 
 
 def launch_act_backward(
@@ -202,7 +213,7 @@ def launch_act_backward(
 
     Returns:
         g in dy's dtype and y's layout: dy itself where its factor is 1 everywhere. dnoise in noise's shape and dtype,
-        dstrength [] and dbias [C] in float32: sums of g before it is rounded.
+        dstrength [] and dbias [C] in y's dtype: float32 sums of g before it is rounded, rounded once.
     """
     n, channels, height, width = y.shape
     pixels = height * width
@@ -222,17 +233,17 @@ def launch_act_backward(
     blocks = triton.cdiv(channels, bc)
     tiles_p = triton.cdiv(pixels, bp)
     tiles = tiles_p * n
-    shares = min(triton.cdiv(tiles, TILES), max(1, _shares(y.device) // blocks))
+    shares = _shares(y.device, tiles, blocks)
 
     def sums(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=y.device)
 
-    dbias = sums(channels) if want_bias else None
-    dstrength = sums() if want_strength else None
+    dbias = y.new_empty([channels]) if want_bias else None
+    dstrength = y.new_empty([]) if want_strength else None
     dnoise = torch.empty(noise.shape, dtype=noise.dtype, device=y.device) if want_noise and noise is not None else None
     samples = 1 if noise is None else noise.numel() // pixels
     direct = samples == n and blocks == 1
-    bias_sums = sums(channels, shares) if want_bias else None
+    bias_sums = sums(shares, channels) if want_bias else None
     strength_sums = sums(blocks * shares) if want_strength else None
     noise_sums = (dnoise if direct else sums(blocks, n, pixels)) if want_noise else None
     exact = None if clamp is None else _rounded(clamp, y.dtype)
@@ -267,7 +278,7 @@ def launch_act_backward(
     )
     of_noise = want_noise and not direct
     of_bias = channels if want_bias else 0
-    programs = of_bias + want_strength + (triton.cdiv(samples * pixels, ADDED) if of_noise else 0)
+    programs = triton.cdiv(of_bias, COLUMNS) + want_strength + (triton.cdiv(samples * pixels, ADDED) if of_noise else 0)
     if programs:
         _add_sums[(programs,)](
             bias_sums,
@@ -287,7 +298,9 @@ def launch_act_backward(
             ADD_NOISE=of_noise,
             WANT_BIAS=want_bias,
             BLOCK=ADDED,
-            num_warps=4,
+            BR=min(triton.next_power_of_2(shares), ROWS),
+            BC=COLUMNS,
+            num_warps=WARPS,
         )
     return g, dnoise, dstrength, dbias
 

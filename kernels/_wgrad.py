@@ -116,7 +116,7 @@ def _wgrad_tiles(
     for j in tl.static_range(TY):
         for i in tl.static_range(TX):
             tap = (dy + j) * K + dx + i
-            tl.store(out + tap * out_tap, sums[j * TX + i], mask=inside)
+            tl.store(out + tap * out_tap, sums[j * TX + i].to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -178,7 +178,7 @@ def _wgrad_pointers(
         sums = tl.dot(tl.trans(here), there, sums, input_precision=PRECISION)
     cb = tl.trans(cb)
     out += split * out_split + tl.program_id(2) * out_n + tap * out_tap + cb * out_b + ca * out_a
-    tl.store(out, sums, mask=(cb < channels_b) & (ca < channels_a))
+    tl.store(out, sums.to(out.dtype.element_ty), mask=(cb < channels_b) & (ca < channels_a))
 
 
 @triton.jit(do_not_specialize=["size", "splits"])
@@ -190,10 +190,12 @@ def _add_splits(parts, out, size, splits, BS: tl.constexpr, BLOCK: tl.constexpr)
         s = start + tl.arange(0, BS)[:, None]
         total += tl.load(parts + s * size + i, mask=(s < splits) & (i < size), other=0.0)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + i, tl.sum(total, axis=0), mask=i < size)
+    tl.store(out + i, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=i < size)
 
 
-def supports_wgrad(a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sample: bool) -> str | None:
+def supports_wgrad(
+    a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sample: bool, dtype: torch.dtype = torch.float32
+) -> str | None:
     """None where `launch_wgrad` can run, else the reason why not."""
     if a.dtype != b.dtype:
         return f"both images must have one dtype, got {a.dtype} and {b.dtype}"
@@ -226,16 +228,19 @@ def _is_convolution(a: Tensor, b: Tensor, k: int, stride: int, padding: int) -> 
     return all((a.shape[i] + 2 * padding - k) // stride + 1 == b.shape[i] for i in (2, 3))
 
 
-def launch_wgrad(a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sample: bool) -> Tensor:
+def launch_wgrad(
+    a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sample: bool, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Correlate b with a at every tap.
 
     Args:
         a: [N, Ca, Ha, Wa]; b: [N, Cb, H, W], in one dtype: float32, float16 or bfloat16, any strides.
         k: taps in each direction, odd. stride: 1 or 2. padding: of a.
         per_sample: keep the samples apart, else sum over them.
+        dtype: of the result; sums are float32, and rounded once.
 
     Returns:
-        float32 [N, Cb, Ca, k, k], or [Cb, Ca, k, k]; in memory the taps come first, then the channels.
+        [N, Cb, Ca, k, k], or [Cb, Ca, k, k]; in memory the taps come first, then the channels.
     """
     route = wgrad_route(a, b, k, stride, padding, per_sample)
     samples = a.shape[0] if per_sample else 1
@@ -243,14 +248,14 @@ def launch_wgrad(a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sa
         parts = [(a, b)] if samples == 1 else list(zip(a.split(1), b.split(1), strict=True))
         weight = a.new_empty([b.shape[1], a.shape[1], k, k])
         found = [_torch_wgrad(x, y, weight, stride, padding) for x, y in parts]
-        return torch.stack(found) if per_sample else found[0]
+        return (torch.stack(found) if per_sample else found[0]).to(dtype)
     # An up layer's result belongs to its weight transposed: there the reader wants cb contiguous.
     transposed = stride == 2 and per_sample
     inner = (a.shape[1], b.shape[1]) if transposed else (b.shape[1], a.shape[1])
     if route == "tiles":
-        out = _launch_tiles(a, b, k, stride, padding, samples, inner, transposed)
+        out = _launch_tiles(a, b, k, stride, padding, samples, inner, transposed, dtype)
     else:
-        out = _launch_pointers(a, b, k, stride, padding, samples, inner, transposed)
+        out = _launch_pointers(a, b, k, stride, padding, samples, inner, transposed, dtype)
     out = out.permute(0, 4, 3, 1, 2) if transposed else out.permute(0, 3, 4, 1, 2)
     return out if per_sample else out[0]
 
@@ -259,20 +264,23 @@ def _torch_wgrad(a: Tensor, b: Tensor, weight: Tensor, stride: int, padding: int
     mask = [False, True, False]
     pair, pads = [stride, stride], [padding, padding]
     found = torch.ops.aten.convolution_backward(b, a, weight, None, pair, pads, [1, 1], False, [0, 0], 1, mask)
-    return found[1].float()
+    return found[1]
 
 
-def _partial_sums(a: Tensor, splits: int, samples: int, k: int, inner: tuple[int, int]) -> tuple[Tensor, list[int]]:
+def _partial_sums(
+    a: Tensor, splits: int, samples: int, k: int, inner: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor, list[int]]:
     """Memory for the sums of every split, and the strides (split, sample, tap) that a kernel writes them with."""
-    parts = torch.empty([splits, samples, k, k, *inner], dtype=torch.float32, device=a.device)
+    kept = dtype if splits == 1 else torch.float32
+    parts = torch.empty([splits, samples, k, k, *inner], dtype=kept, device=a.device)
     size = inner[0] * inner[1]
     return parts, [samples * k * k * size, k * k * size, size]
 
 
-def _added(parts: Tensor) -> Tensor:
+def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
     if parts.shape[0] == 1:
         return parts[0]
-    out = torch.empty_like(parts[0])
+    out = torch.empty_like(parts[0], dtype=dtype)
     size, splits = out.numel(), parts.shape[0]
     block, bs = tuning.addition(size, splits)
     _add_splits[(triton.cdiv(size, block),)](parts, out, size, splits, BS=bs, BLOCK=block, num_warps=4)
@@ -292,8 +300,9 @@ def _columns(a: Tensor, start: int, step: int, block: list[int]) -> TensorDescri
 
 
 def _launch_tiles(
-    a: Tensor, b: Tensor, k: int, stride: int, padding: int, samples: int, inner: tuple[int, int], transposed: bool
-) -> Tensor:
+    a: Tensor, b: Tensor, k: int, stride: int, padding: int, samples: int, inner: tuple[int, int], transposed: bool,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     n, ca, _, _ = a.shape
     cb, height, width = b.shape[1:]
     # The copy engine wants its start on 16 bytes.
@@ -304,7 +313,7 @@ def _launch_tiles(
     tiles = triton.cdiv(rows, block.bh) * triton.cdiv(width, block.bw) * (n // samples)
     programs = triton.cdiv(cb, block.bb) * triton.cdiv(ca, block.ba) * (k // block.ty) * (k // block.tx)
     splits = tuning.splits(a, programs * samples, tiles, block, k * k * ca * cb * samples)
-    parts, strides = _partial_sums(a, splits, samples, k, inner)
+    parts, strides = _partial_sums(a, splits, samples, k, inner, dtype)
     box = [1, block.bh, block.bw]
     flat = block.bh > 1 and block.bw == width
     even = _columns(a, 0, stride, [*box, block.ba])
@@ -336,19 +345,20 @@ def _launch_tiles(
         num_warps=block.warps,
         num_stages=block.stages,
     )
-    return _added(parts)
+    return _added(parts, dtype)
 
 
 def _launch_pointers(
-    a: Tensor, b: Tensor, k: int, stride: int, padding: int, samples: int, inner: tuple[int, int], transposed: bool
-) -> Tensor:
+    a: Tensor, b: Tensor, k: int, stride: int, padding: int, samples: int, inner: tuple[int, int], transposed: bool,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     n, ca, height_a, width_a = a.shape
     cb, height, width = b.shape[1:]
     block = tuning.pointers(a.dtype, ca, cb)
     tiles = triton.cdiv(height * width * (n // samples), block.bw)
     programs = triton.cdiv(cb, block.bb) * triton.cdiv(ca, block.ba) * k * k
     splits = tuning.splits(a, programs * samples, tiles, block, k * k * ca * cb * samples)
-    parts, strides = _partial_sums(a, splits, samples, k, inner)
+    parts, strides = _partial_sums(a, splits, samples, k, inner, dtype)
     exact = a.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
     _wgrad_pointers[(programs, splits, samples)](
         a,
@@ -375,4 +385,4 @@ def _launch_pointers(
         num_warps=block.warps,
         num_stages=block.stages,
     )
-    return _added(parts)
+    return _added(parts, dtype)

@@ -134,13 +134,15 @@ def conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool)
     return torch.cat(results)
 
 
-def wgrad(a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sample: bool) -> Tensor:
+def wgrad(
+    a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sample: bool, dtype: torch.dtype = torch.float32
+) -> Tensor:
     size = [b.shape[1], a.shape[1], k, k]
     each = [
         conv2d_weight(one, size, other, stride=stride, padding=padding)
         for one, other in zip(a.split(1), b.split(1), strict=True)
     ]
-    return torch.stack(each) if per_sample else torch.stack(each).sum(0)
+    return (torch.stack(each) if per_sample else torch.stack(each).sum(0)).to(dtype)
 
 
 def act_backward(
@@ -171,13 +173,19 @@ def act_backward(
     return g, dnoise, dstrength, g.sum([0, 2, 3]) if want_bias else None
 
 
-def modulate(weight: Tensor, styles: Tensor, demodulate: bool, eps: float, dtype: torch.dtype) -> Tensor:
+def modulate(weight: Tensor, styles: Tensor | None, demodulate: bool, eps: float, dtype: torch.dtype) -> Tensor:
+    if styles is None:
+        return weight.to(dtype).permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
     made = modulated_conv2d.modulated_weights(weight, styles, demodulate=demodulate, eps=eps, dtype=dtype)
     return made.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
 
 
 @differentiating
-def modulate_backward(dw: Tensor, weight: Tensor, styles: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def modulate_backward(
+    dw: Tensor, weight: Tensor, styles: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor | None]:
+    if styles is None:
+        return dw.to(weight.dtype), None
     weight, styles = weight.detach().requires_grad_(), styles.detach().requires_grad_()
     dweight, dstyles = torch.autograd.grad(modulate(weight, styles, *options), (weight, styles), dw)
     return dweight, dstyles

@@ -90,18 +90,23 @@ def launch_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed
     return _conv3x3(x, weight, transposed, None, None, None, 1.0, 1.0, None)
 
 
-def supports_wgrad(a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sample: bool) -> str | None:
+def supports_wgrad(
+    a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sample: bool, dtype: torch.dtype = torch.float32
+) -> str | None:
     """None where `launch_wgrad` can run, else the reason why not."""
     if (k, stride, padding) != (3, 1, 1):
         return f"a 3x3 kernel with stride 1 and padding 1, not {k}x{k} with stride {stride} and padding {padding}"
     return _reason(a, a.shape[1], b.shape[1], "modulated_conv2d_3x3_wgrad_fits")
 
 
-def launch_wgrad(a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sample: bool) -> Tensor:
-    """r[n, cb, ca, dy, dx] = sum over p of b[n, cb, p] * a[n, ca, p + (dy, dx) - 1], or summed over n; float32."""
+def launch_wgrad(
+    a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sample: bool, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """r[n, cb, ca, dy, dx] = sum over p of b[n, cb, p] * a[n, ca, p + (dy, dx) - 1], or summed over n; in dtype."""
     n, _, height, width = a.shape
     results = n if per_sample else 1
-    return _wgrad3x3(a, b, per_sample, _C.modulated_conv2d_3x3_wgrad_partials(n, height, width, results))
+    partials = _C.modulated_conv2d_3x3_wgrad_partials(n, height, width, results)
+    return _wgrad3x3(a, b, per_sample, partials).to(dtype)
 
 
 def _wgrad3x3(a: Tensor, b: Tensor, per_sample: bool, partials: int) -> Tensor:

@@ -50,7 +50,7 @@ def convolution_gradients(
         if want_dx:
             dx = step("conv", g, weight.transpose(-3, -4), 1, weight.shape[-1] // 2, True)
         if want_dw:
-            dw = step("wgrad", x, g, weight.shape[-1], 1, weight.shape[-1] // 2, weight.ndim == 5)
+            dw = step("wgrad", x, g, weight.shape[-1], 1, weight.shape[-1] // 2, weight.ndim == 5, weight.dtype)
     elif want_dx or want_dw:
         f = torch.ones([1, 1], device=x.device) if resample_filter is None else resample_filter
         resample = _up_gradients if up == 2 else _down_gradients
@@ -70,8 +70,9 @@ def _up_gradients(
     size = [2 * (n - 1) + k for n in x.shape[2:]]  # of the transposed convolution
     h = _fir(backend, g, f, *adjoint(size, g.shape[2:], f, ONE, ONE, upsampling_padding(f, k)), True, 4.0)
     dx = step("conv", h, weight.transpose(-3, -4), 2, 0, False) if want_dx else None
-    dw = step("wgrad", h, x, k, 2, 0, weight.ndim == 5).transpose(-3, -4) if want_dw else None
-    return dx, dw
+    if not want_dw:
+        return dx, None
+    return dx, step("wgrad", h, x, k, 2, 0, weight.ndim == 5, weight.dtype).transpose(-3, -4)
 
 
 def _down_gradients(
@@ -86,5 +87,5 @@ def _down_gradients(
         dx = _fir(backend, filtered, f, *adjoint(x.shape[2:], filtered.shape[2:], f, ONE, down, padding), True, 1.0)
     if want_dw:
         filtered = _fir(backend, x, f, ONE, down, padding, False, 1.0)
-        dw = step("wgrad", filtered, g, k, stride, 0, weight.ndim == 5)
+        dw = step("wgrad", filtered, g, k, stride, 0, weight.ndim == 5, weight.dtype)
     return dx, dw

@@ -134,17 +134,23 @@ _backward_op = register(
 )
 
 
-def _empty_weights(weight: Tensor, styles: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, O, I, k, k] in the memory order [N, k, k, O, I] that the convolutions read."""
+def _empty_weights(weight: Tensor, styles: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[N, O, I, k, k] in the memory order [N, k, k, O, I] that the convolutions read; without styles no N."""
     *_, o, i, k, _ = weight.shape
+    if styles is None:
+        return weight.new_empty([k, k, o, i], dtype=dtype).permute(2, 3, 0, 1)
     return weight.new_empty([styles.shape[0], k, k, o, i], dtype=dtype).permute(0, 3, 4, 1, 2)
 
 
-def _weights_reference(weight: Tensor, styles: Tensor, demodulate: bool, eps: float, dtype: torch.dtype) -> Tensor:
+def _weights_reference(
+    weight: Tensor, styles: Tensor | None, demodulate: bool, eps: float, dtype: torch.dtype
+) -> Tensor:
+    if styles is None:
+        return weight.to(dtype)
     return spec.modulated_weights(weight, styles, demodulate=demodulate, eps=eps, dtype=dtype)
 
 
-def _run_weights(backend: str, weight: Tensor, styles: Tensor, *options: Any) -> Tensor:
+def _run_weights(backend: str, weight: Tensor, styles: Tensor | None, *options: Any) -> Tensor:
     if backend == "reference":
         return _empty_weights(weight, styles, options[-1]).copy_(_weights_reference(weight, styles, *options))
     made: Tensor = launch_step("modulated_conv2d", "modulate", backend, weight, styles, *options)
@@ -152,10 +158,10 @@ def _run_weights(backend: str, weight: Tensor, styles: Tensor, *options: Any) ->
 
 
 def _run_weights_backward(
-    backend: str, dw: Tensor, weight: Tensor, styles: Tensor, *options: Any
+    backend: str, dw: Tensor, weight: Tensor, styles: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     dweight, dstyles = launch_step("modulated_conv2d", "modulate_backward", backend, dw, weight, styles, *options)
-    return _like(dweight, weight), _like(dstyles, styles)
+    return _like(dweight, weight), dw.new_empty([0]) if styles is None else _like(dstyles, styles)
 
 
 def _weights_gradients(recorded: Recorded, grads: list[Tensor], wanted: list[int]) -> Sequence[Tensor | None]:
@@ -165,7 +171,7 @@ def _weights_gradients(recorded: Recorded, grads: list[Tensor], wanted: list[int
     return [found[i] for i in wanted]
 
 
-_WEIGHTS = "Tensor weight, Tensor styles, bool demodulate, float eps, ScalarType dtype"
+_WEIGHTS = "Tensor weight, Tensor? styles, bool demodulate, float eps, ScalarType dtype"
 _weights_op = register(
     "modulated_weights",
     f"({_WEIGHTS}) -> Tensor",
@@ -178,13 +184,20 @@ _weights_backward_op = register(
     "modulated_weights_backward",
     f"(Tensor dw, {_WEIGHTS}) -> (Tensor, Tensor)",
     run=_run_weights_backward,
-    fake=lambda dw, weight, styles, *options: (torch.empty_like(weight), torch.empty_like(styles)),
+    fake=lambda dw, weight, styles, *options: (
+        torch.empty_like(weight),
+        dw.new_empty([0]) if styles is None else torch.empty_like(styles),
+    ),
 )
 
 
-def _modulated_weights(weight: Tensor, styles: Tensor, *options: Any) -> Tensor:
-    """By a kernel that any backend may convolve with."""
-    made: Tensor = _weights_op(weight, styles, *options, step_backend("modulated_conv2d", "modulate"))
+def _modulated_weights(weight: Tensor, styles: Tensor | None, x: Tensor, *options: Any) -> Tensor:
+    """By a kernel that any backend may convolve with; without styles put in order once, for both directions."""
+    backend = step_backend("modulated_conv2d", "modulate")
+    in_order = backend == "reference" or weight.ndim == 5 or weight.shape[-1] == 1 or x.dtype.itemsize != 2
+    if styles is None and in_order:
+        return weight
+    made: Tensor = _weights_op(weight, styles, *options, x.dtype, backend)
     return made
 
 
@@ -299,8 +312,7 @@ def modulated_conv2d(
             eps=float(eps),
         )
         return exact
-    if styles is not None:
-        weight = _modulated_weights(weight, styles, demodulate, float(eps), x.dtype)
+    weight = _modulated_weights(weight, styles, x, demodulate, float(eps))
     tensors = (_in_dtype(value, x) for value in (weight, noise, noise_strength, bias))
     y: Tensor = _op(x, *tensors, *geometry, chosen)
     return y if fused else bias_act(y, act=act, gain=gain_value, clamp=limit, backend=chosen)
