@@ -145,12 +145,12 @@ def _rho(d, eps, mask, ABSOLUTE: tl.constexpr):
     return tl.sum(tl.where(mask, value, 0.0)), slope
 
 
-@triton.jit(do_not_specialize=["height", "tiles_y", "tiles_x"])
+@triton.jit(do_not_specialize=["height", "tiles_y", "tiles_x", "count"])
 def band(
-    fine, low, slope, partial, height, width, tiles_y, tiles_x, scale, eps,
+    fine, low, slope, partial, height, width, tiles_y, tiles_x, weight, count, eps,
     LAST: tl.constexpr, KEEP: tl.constexpr, ABSOLUTE: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """Slopes [planes, H, W] of the band of fine over low, where KEEP; scale * sum rho for each program."""
+    """Slopes [planes, H, W] of the band of fine over low, where KEEP; weight * sum rho / count for each program."""
     plane, i, j = _place(tiles_y, tiles_x, BH, BW)
     low_height, low_width = (height + 1) // 2, (width + 1) // 2
     column = 2 * tl.min(j) + tl.arange(0, 2 * BW)[None, :]
@@ -167,7 +167,7 @@ def band(
         bottom -= tl.interleave(even1 + even2, odd1 + odd2) / 16
     top_sum, top = _rho(top, eps, top_mask, ABSOLUTE)
     bottom_sum, bottom = _rho(bottom, eps, bottom_mask, ABSOLUTE)
-    tl.store(partial + tl.program_id(0), (top_sum + bottom_sum) * scale)
+    tl.store(partial + tl.program_id(0), (top_sum + bottom_sum).to(tl.float64) * weight / count)
     if KEEP:
         tl.store(slope + at, top.to(slope.dtype.element_ty), mask=top_mask)
         tl.store(slope + at + width, bottom.to(slope.dtype.element_ty), mask=bottom_mask)
@@ -176,13 +176,13 @@ def band(
 @triton.jit(do_not_specialize=["count"])
 def sum_partials(partial, loss, count, BLOCK: tl.constexpr):
     """One program: loss = the sum of count numbers, in a fixed order."""
-    total = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float64)
     at = tl.arange(0, BLOCK)
     while count > 0:
         total += tl.load(partial + at, mask=at < count, other=0.0)
         partial += BLOCK
         count -= BLOCK
-    tl.store(loss, tl.sum(total))
+    tl.store(loss, tl.sum(total).to(tl.float32))
 
 
 # ---- up ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,16 @@ SIZES = ["height", "width", "samples"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@triton.jit
+def _in_tf32(x, ROUND: tl.constexpr):
+    """Rounded to nearest, so that the tensor cores, which cut all but ten bits of the mantissa off, cut zeros off."""
+    if ROUND:
+        more = tl.where(x == x, 0x1000, 0)  # the carry would turn some NaN into zero
+        return ((x.to(tl.int32, bitcast=True) + more) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return x
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _wgrad_tiles(
     a_even,
@@ -49,7 +59,7 @@ def _wgrad_tiles(
     BB: tl.constexpr,
     BA: tl.constexpr,
     FLAT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
 ):
     """channels_last through tensor descriptors, which read zeros beyond the image. Programs (block, split, sample).
 
@@ -85,18 +95,18 @@ def _wgrad_tiles(
             rows = ()
             for i in tl.static_range(TX):
                 seen = a_even.load([n, y + dy - PAD, x + dx + i - PAD, a0])
-                rows += (seen.reshape(BH * BW, BA),)  # type: ignore[assignment]
+                rows += (_in_tf32(seen.reshape(BH * BW, BA), ROUND),)  # type: ignore[assignment]
             for j in tl.static_range(TY):
                 if FLAT:
                     above = b.load([n, 0, (y - j) * width, b0])
                 else:
                     above = b.load([n, y - j, x, b0])
-                above = tl.trans(above.reshape(BH * BW, BB))
+                above = tl.trans(_in_tf32(above.reshape(BH * BW, BB), ROUND))
                 for i in tl.static_range(TX):
-                    product = tl.dot(above, rows[i], sums[j * TX + i], input_precision=PRECISION)
+                    product = tl.dot(above, rows[i], sums[j * TX + i], input_precision="tf32")
                     added += (product,)  # type: ignore[assignment]
         else:
-            here = tl.trans(b.load([n, y, x, b0]).reshape(BH * BW, BB))
+            here = tl.trans(_in_tf32(b.load([n, y, x, b0]).reshape(BH * BW, BB), ROUND))
             for j in tl.static_range(TY):
                 for i in tl.static_range(TX):
                     row = 2 * y + dy + j - PAD
@@ -104,8 +114,8 @@ def _wgrad_tiles(
                         seen = a_even.load([n, row, x + (i - PAD) // 2, a0])
                     else:
                         seen = a_odd.load([n, row, x + (i - PAD) // 2, a0])
-                    seen = seen.reshape(BH * BW, BA)
-                    product = tl.dot(here, seen, sums[j * TX + i], input_precision=PRECISION)
+                    seen = _in_tf32(seen.reshape(BH * BW, BA), ROUND)
+                    product = tl.dot(here, seen, sums[j * TX + i], input_precision="tf32")
                     added += (product,)  # type: ignore[assignment]
         sums = added
 
@@ -150,9 +160,14 @@ def _wgrad_pointers(
     BP: tl.constexpr,
     BB: tl.constexpr,
     BA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """Any strides, any number of channels, one tap in a program. Programs (block, split, sample)."""
+    """Any strides, any number of channels, one tap in a program. Programs (block, split, sample).
+
+    EXACT: full float32, and what a sum loses to rounding is added to the next step's (Kahan), as a plain chain over all
+    pixels would lose more than PyTorch does.
+    """
     blocks_a = tl.cdiv(channels_a, BA)
     blocks_b = tl.cdiv(channels_b, BB)
     pid = tl.program_id(0)
@@ -165,6 +180,7 @@ def _wgrad_pointers(
     share = tl.cdiv(tl.cdiv(total, BP), tl.num_programs(1)) * BP
     first = tl.program_id(2) * samples
     sums = tl.zeros((BB, BA), dtype=tl.float32)
+    lost = sums
     for start in range(split * share, min(split * share + share, total), BP):
         p = start + tl.arange(0, BP)[:, None]
         n = first + p // pixels
@@ -175,7 +191,14 @@ def _wgrad_pointers(
         x = x * STRIDE + tap % K - PAD
         seen = (p < total) & (y >= 0) & (y < height_a) & (x >= 0) & (x < width_a)
         there = tl.load(a + n * a_n + y * a_h + x * a_w + ca * a_c, mask=seen & (ca < channels_a), other=0.0)
-        sums = tl.dot(tl.trans(here), there, sums, input_precision=PRECISION)
+        if EXACT:
+            part = tl.dot(tl.trans(here), there, lost, input_precision="ieee")
+            more = sums + part
+            lost = part - (more - sums)
+            sums = more
+        else:
+            here = tl.trans(_in_tf32(here, ROUND))
+            sums = tl.dot(here, _in_tf32(there, ROUND), sums, input_precision="tf32")
     cb = tl.trans(cb)
     out += split * out_split + tl.program_id(2) * out_n + tap * out_tap + cb * out_b + ca * out_a
     tl.store(out, sums.to(out.dtype.element_ty), mask=(cb < channels_b) & (ca < channels_a))
@@ -341,7 +364,7 @@ def _launch_tiles(
         BB=block.bb,
         BA=block.ba,
         FLAT=flat,
-        PRECISION="tf32",
+        ROUND=a.dtype == torch.float32,
         num_warps=block.warps,
         num_stages=block.stages,
     )
@@ -354,12 +377,12 @@ def _launch_pointers(
 ) -> Tensor:  # fmt: skip
     n, ca, height_a, width_a = a.shape
     cb, height, width = b.shape[1:]
-    block = tuning.pointers(a.dtype, ca, cb)
+    exact = a.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
+    block = tuning.pointers(a.dtype, ca, cb, exact)
     tiles = triton.cdiv(height * width * (n // samples), block.bw)
     programs = triton.cdiv(cb, block.bb) * triton.cdiv(ca, block.ba) * k * k
     splits = tuning.splits(a, programs * samples, tiles, block, k * k * ca * cb * samples)
     parts, strides = _partial_sums(a, splits, samples, k, inner, dtype)
-    exact = a.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
     _wgrad_pointers[(programs, splits, samples)](
         a,
         b,
@@ -381,7 +404,8 @@ def _launch_pointers(
         BP=block.bw,
         BB=block.bb,
         BA=block.ba,
-        PRECISION="ieee" if exact else "tf32",
+        ROUND=a.dtype == torch.float32 and not exact,
+        EXACT=exact,
         num_warps=block.warps,
         num_stages=block.stages,
     )

@@ -60,7 +60,7 @@ def _down(
     for _ in weights[1:]:
         levels.append(_smaller(levels[-1]))
     grids = [_Grid(level) for level in levels]
-    partial = x.new_empty([sum(grid.programs for grid in grids)], dtype=torch.float32)
+    partial = x.new_empty([sum(grid.programs for grid in grids)], dtype=torch.float64)
     kernels.subtract[(grids[0].programs,)](
         x, y, levels[0], x.shape[1], *grids[0].sizes, *x.stride(), *y.stride(), **grids[0].options
     )
@@ -73,7 +73,7 @@ def _down(
         slope_dtype = torch.int8 if charbonnier is None else torch.float32
         slopes.append(torch.empty_like(level, dtype=slope_dtype) if keep else level)  # or not written
         kernels.band[(grid.programs,)](
-            level, low, slopes[-1], partial[used:], *grid.sizes, weight / level.numel(), charbonnier or 0.0,
+            level, low, slopes[-1], partial[used:], *grid.sizes, weight, level.numel(), charbonnier or 0.0,
             LAST=last, KEEP=keep, ABSOLUTE=charbonnier is None, **grid.options,
         )  # fmt: skip
         used += grid.programs
