@@ -88,29 +88,68 @@ __device__ __forceinline__ void load_weights(const Conv3x3& op, int sample, std:
 template <int kOut>
 using Accumulators = float[kWarpRows][kOut / 8][4];
 
-// The noise of the 4 x 2 pixels of a lane, zeros outside the image. One branch around all loads, so that they overlap.
-using Noise = float[kWarpRows][2];
-
+// The noise of the 4 x 2 pixels of a lane, zeros outside the image: four rows, columns 8 apart.
+// Where two blocks share a multiprocessor, one branch around all loads is quickest: they overlap, and the other block
+// works while this one waits for them.
 template <typename T>
-__device__ __forceinline__ void load_noise(const Conv3x3& op, Noise& noise, int sample, int y, int x, int lane) {
-    const std::int64_t first = sample * op.noise_stride + static_cast<std::int64_t>(y) * op.width + x + lane / 4;
-    const auto load = [&](auto from) {
+struct Noise {
+    float values[kWarpRows][2] = {};
+
+    __device__ __forceinline__ void load(const Conv3x3& op, int sample, int y, int x) {
+        const std::int64_t first = sample * op.noise_stride + static_cast<std::int64_t>(y) * op.width + x;
+        const auto load = [&](auto from) {
+#pragma unroll
+            for (int i = 0; i < 2 * kWarpRows; ++i) {
+                const int row = i / 2, column = i % 2 * 8;
+                const bool inside = y + row < op.height && x + column < op.width;
+                values[row][i % 2] = inside ? to_float(from[first + row * op.width + column]) : 0.0f;
+            }
+        };
+        if (op.noise == nullptr) return;
+        if (op.noise_float) load(static_cast<const float*>(op.noise));
+        else load(static_cast<const T*>(op.noise));
+    }
+    __device__ __forceinline__ float at(int row, int half, bool) const { return values[row][half]; }
+};
+
+// Alone on a multiprocessor, a block must not wait: the loads are predicated, and what they bring stays as it lies in
+// memory until it is used, so that they are on their way while the results of the tile before are stored.
+template <typename T>
+struct LateNoise {
+    std::uint32_t words[kWarpRows][2];
+
+    __device__ __forceinline__ void load(const Conv3x3& op, int sample, int y, int x) {
+        const std::int64_t first = sample * op.noise_stride + static_cast<std::int64_t>(y) * op.width + x;
+        const int bytes = op.noise_float ? 4 : 2;
 #pragma unroll
         for (int i = 0; i < 2 * kWarpRows; ++i) {
             const int row = i / 2, column = i % 2 * 8;
-            const bool inside = y + row < op.height && x + lane / 4 + column < op.width;
-            noise[row][i % 2] = inside ? to_float(from[first + row * op.width + column]) : 0.0f;
+            const bool inside = op.noise != nullptr && y + row < op.height && x + column < op.width;
+            const char* from = static_cast<const char*>(op.noise) + (first + row * op.width + column) * bytes;
+            asm volatile("{\n"
+                         ".reg .pred word, half;\n"
+                         "setp.eq.s32 word, %2, 4;\n"
+                         "setp.eq.s32 half, %2, 2;\n"
+                         "mov.b32 %0, 0;\n"
+                         "@word ld.global.b32 %0, [%1];\n"
+                         "@half ld.global.u16 %0, [%1];\n"
+                         "}\n"
+                         : "=&r"(words[row][i % 2])
+                         : "l"(from), "r"(inside ? bytes : 0));
         }
-    };
-    if (op.noise == nullptr) return;
-    if (op.noise_float) load(static_cast<const float*>(op.noise));
-    else load(static_cast<const T*>(op.noise));
-}
+    }
+    __device__ __forceinline__ float at(int row, int half, bool is_float) const {
+        const std::uint32_t word = words[row][half];
+        if (is_float) return __uint_as_float(word);
+        if constexpr (std::is_same_v<T, Bfloat>) return __uint_as_float(word << 16);
+        else return to_float(__ushort_as_half(static_cast<unsigned short>(word)));
+    }
+};
 
 // Noise and bias are in the sum from the start.
-template <int kOut>
-__device__ __forceinline__ void start(Accumulators<kOut>& sums, const Noise& noise, float strength, const float* bias,
-                                      int lane) {
+template <int kOut, typename AnyNoise>
+__device__ __forceinline__ void start(Accumulators<kOut>& sums, const AnyNoise& noise, bool noise_float, float strength,
+                                      const float* bias, int lane) {
 #pragma unroll
     for (int j = 0; j < kOut / 8; ++j) {
         const int channel = j / 4 * 32 + lane % 4 * 8 + j % 4 * 2;
@@ -119,8 +158,9 @@ __device__ __forceinline__ void start(Accumulators<kOut>& sums, const Noise& noi
         for (int row = 0; row < kWarpRows; ++row) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                sums[row][j][2 * half] = fmaf(noise[row][half], strength, pair.x);
-                sums[row][j][2 * half + 1] = fmaf(noise[row][half], strength, pair.y);
+                const float value = noise.at(row, half, noise_float);
+                sums[row][j][2 * half] = fmaf(value, strength, pair.x);
+                sums[row][j][2 * half + 1] = fmaf(value, strength, pair.y);
             }
         }
     }
@@ -200,8 +240,11 @@ __global__ void __launch_bounds__(kThreads, Layout<kIn, kOut>::kBlocks)
     }
     const bool scaled = op.noise != nullptr && op.strength != nullptr;
     const float strength = scaled ? load_number<T>(op.strength, 0, op.strength_float) : 1.0f;
-    Noise noise = {};
-    load_noise<T>(op, noise, at.sample, at.step * kRows + warp_row, at.strip * kCols + warp_col, lane);
+    std::conditional_t<L::kBlocks == 1, LateNoise<T>, Noise<T>> noise;
+    const auto load_noise = [&] {
+        noise.load(op, at.sample, at.step * kRows + warp_row, at.strip * kCols + warp_col + lane / 4);
+    };
+    load_noise();
 
     for (; tile < last; ++tile) {
         const int y0 = at.step * kRows, x0 = at.strip * kCols, sample = at.sample;
@@ -223,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, Layout<kIn, kOut>::kBlocks)
         ahead = at.step + 1 < steps && tile + 1 < last;
         if (ahead) load_halo_rows<Input, kRows>(image, x0, y0 + kRows + 1, Input::row(slot + kRows + 2), input);
         Accumulators<kOut> sums;
-        start<kOut>(sums, noise, strength, bias, lane);
+        start<kOut>(sums, noise, op.noise_float, strength, bias, lane);
         std::uint32_t rows[kWarpRows + 2], taps[3];  // an input row of the warp; the lane's part of a row
 #pragma unroll
         for (int i = 0; i < kWarpRows + 2; ++i) {
@@ -235,9 +278,7 @@ __global__ void __launch_bounds__(kThreads, Layout<kIn, kOut>::kBlocks)
 
         slot = Input::row(slot + kRows);
         at.advance(steps, strips);
-        if (tile + 1 < last) {  // waits while the results are stored
-            load_noise<T>(op, noise, at.sample, at.step * kRows + warp_row, at.strip * kCols + warp_col, lane);
-        }
+        if (tile + 1 < last) load_noise();
         finish<T, kOut>(op, sums, sample, y0 + warp_row, x0 + warp_col, lane);
     }
 }

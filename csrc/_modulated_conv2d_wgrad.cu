@@ -2,7 +2,8 @@
 //
 //     r[cb, ca, dy, dx] = sum over pixels p of b[cb, p] * a[ca, p + (dy, dx) - 1]
 //
-// a matrix product whose long dimension is the pixels. Blocks walk down strips of the image as in
+// a matrix product whose long dimension is the pixels, on mma.sync (_modulated_conv2d_wgrad_sm90a.cu has it on wgmma for
+// as many channels of a as of b). Blocks walk down strips of the image as in
 // _modulated_conv2d_tile.cuh, a with its halo and b in shared memory, each read from device memory once. A warp holds
 // the nine taps of 32 x 16 channels in registers from the first pixel of its walk to the last: for 64 x 64 channels the
 // eight warps of a block share the channels, for fewer also the columns of a strip. Blocks leave partial sums, which a
@@ -228,14 +229,19 @@ void modulated_conv2d_3x3_wgrad(const Conv3x3Wgrad& op, cudaStream_t stream) {
     using namespace conv3x3;
     if (op.channels_a > 64 || op.channels_b > 64) fail("modulated_conv2d", "more than 64 channels");
     if (op.dtype == Dtype::float32) fail("modulated_conv2d", "float32");
-    with_flag(op.dtype == Dtype::float16, [&](auto is_half) {
-        using T = std::conditional_t<decltype(is_half)::value, Half, Bfloat>;
-        with_flag(op.channels_a > 32, [&](auto wide_a) {
-            with_flag(op.channels_b > 32, [&](auto wide_b) {
-                launch_wgrad<T, decltype(wide_a)::value ? 64 : 32, decltype(wide_b)::value ? 64 : 32>(op, stream);
+    const bool alike = (op.channels_a > 32) == (op.channels_b > 32);
+    if (alike && !op.portable && compute_capability("modulated_conv2d") == 90) {
+        modulated_conv2d_3x3_wgrad_sm90a(op, stream);
+    } else {
+        with_flag(op.dtype == Dtype::float16, [&](auto is_half) {
+            using T = std::conditional_t<decltype(is_half)::value, Half, Bfloat>;
+            with_flag(op.channels_a > 32, [&](auto wide_a) {
+                with_flag(op.channels_b > 32, [&](auto wide_b) {
+                    launch_wgrad<T, decltype(wide_a)::value ? 64 : 32, decltype(wide_b)::value ? 64 : 32>(op, stream);
+                });
             });
         });
-    });
+    }
     if (op.partials == 1) return;  // the result itself
     const int size = 9 * op.channels_a * op.channels_b / 4;
     add_partials_kernel<<<dim3(ceil_div(size, kThreads / 8), op.results), kThreads, 0, stream>>>(

@@ -119,12 +119,12 @@ PYBIND11_MODULE(_C, module) {
     module.def("modulated_conv2d_3x3_fits", &modulated_conv2d_3x3_fits);
     py::class_<Conv3x3Wgrad>(module, "Conv3x3Wgrad")
         .def(py::init([](int dtype, int n, int height, int width, int channels_a, int channels_b, int results,
-                         int partials, Address a, Address b, Address partial, Address y) {
+                         int partials, Address a, Address b, Address partial, Address y, bool portable) {
                  return Conv3x3Wgrad{Dtype{dtype}, n, height, width, channels_a, channels_b, results, partials,
-                                     pointer(a), pointer(b), pointer<float>(partial), pointer<float>(y)};
+                                     pointer(a), pointer(b), pointer<float>(partial), pointer<float>(y), portable};
              }),
              py::kw_only(), "dtype"_a, "n"_a, "height"_a, "width"_a, "channels_a"_a, "channels_b"_a, "results"_a,
-             "partials"_a, "a"_a, "b"_a, "partial"_a, "y"_a);
+             "partials"_a, "a"_a, "b"_a, "partial"_a, "y"_a, "portable"_a);
     module.def(
         "modulated_conv2d_3x3_wgrad",
         [](const Conv3x3Wgrad& op, Address stream) { modulated_conv2d_3x3_wgrad(op, stream_of(stream)); }, unlocked);

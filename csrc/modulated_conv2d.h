@@ -49,6 +49,7 @@ struct Conv3x3Wgrad {
     const void* b;  // [N, H, W, B], dense
     float* partial;  // [results, partials, 3, 3, B, A]; y itself where partials is 1
     float* y;  // [results, 3, 3, B, A]
+    bool portable;  // for tests: mma.sync, also where there is something better
 };
 
 bool modulated_conv2d_3x3_wgrad_fits(int device, int channels_a, int channels_b);
@@ -57,5 +58,8 @@ bool modulated_conv2d_3x3_wgrad_fits(int device, int channels_a, int channels_b)
 int modulated_conv2d_3x3_wgrad_partials(int n, int height, int width, int results);
 
 void modulated_conv2d_3x3_wgrad(const Conv3x3Wgrad& op, cudaStream_t stream);
+
+// The partial sums on wgmma, compute capability 9.0 only; both sides up to 32 channels, or both above.
+void modulated_conv2d_3x3_wgrad_sm90a(const Conv3x3Wgrad& op, cudaStream_t stream);
 
 }  // namespace clone_fast

@@ -25,6 +25,8 @@ SHAPES = [
     (2, 16, 48, 70, 130),
     (1, 64, 64, 41, 200),
     (1, 8, 40, 24, 5),
+    (2, 32, 32, 13, 270),
+    (3, 64, 40, 10, 260),
 ]
 
 
@@ -122,15 +124,21 @@ def test_bare_convolution_and_its_adjoint(leaf: Any, transposed: bool, per_sampl
     assert_close(got, want, plain)
 
 
+@pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("blocks", [0, 1, 3])
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("shape", [*SHAPES, (70, 32, 32, 9, 9)])
-def test_weight_gradient(leaf: Any, shape: tuple[int, ...], dtype: torch.dtype, per_sample: bool, blocks: int) -> None:
+def test_weight_gradient(
+    leaf: Any, shape: tuple[int, ...], dtype: torch.dtype, per_sample: bool, blocks: int, portable: bool
+) -> None:
     n, i, o, h, w = shape
     a, b = (as_layout(fresh(n, c, h, w, dtype=dtype), "channels_last") for c in (i, o))
     assert leaf.supports_wgrad(a, b, 3, 1, 1, per_sample) is None
-    got = leaf._wgrad3x3(a, b, per_sample, blocks) if blocks else leaf.launch_wgrad(a, b, 3, 1, 1, per_sample)
+    if blocks or portable:
+        got = leaf._wgrad3x3(a, b, per_sample, blocks or 2, portable)
+    else:
+        got = leaf.launch_wgrad(a, b, 3, 1, 1, per_sample)
 
     def spec(kind: torch.dtype) -> Tensor:
         pairs = zip(a.to(kind).split(1), b.to(kind).split(1), strict=True)

@@ -109,8 +109,8 @@ def launch_wgrad(
     return _wgrad3x3(a, b, per_sample, partials).to(dtype)
 
 
-def _wgrad3x3(a: Tensor, b: Tensor, per_sample: bool, partials: int) -> Tensor:
-    """The weight gradient by so many blocks for each result."""
+def _wgrad3x3(a: Tensor, b: Tensor, per_sample: bool, partials: int, portable: bool = False) -> Tensor:
+    """The weight gradient by so many blocks for each result; `portable` as in `_conv3x3`."""
     n, channels_a, height, width = a.shape
     channels_b, results = b.shape[1], n if per_sample else 1
     a, b = _channels_last(a), _channels_last(b.to(a.dtype))
@@ -130,6 +130,7 @@ def _wgrad3x3(a: Tensor, b: Tensor, per_sample: bool, partials: int) -> Tensor:
         b=b.data_ptr(),
         partial=partial.data_ptr(),
         y=y.data_ptr(),
+        portable=portable,
     )
     _C.modulated_conv2d_3x3_wgrad(op, stream(a))
     y = y[:, 0].permute(0, 3, 4, 1, 2)
