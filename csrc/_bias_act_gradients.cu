@@ -73,12 +73,6 @@ __device__ __forceinline__ void step(const Formula& f, const Tensors<T>& t, std:
     }
 }
 
-__device__ __forceinline__ void let_the_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-    cudaTriggerProgrammaticLaunchCompletion();
-#endif
-}
-
 // ---- rows
 
 struct Rows {
@@ -91,7 +85,7 @@ struct Rows {
 template <typename T, int kWidth, bool kRectified>
 __global__ void __launch_bounds__(kThreads, 4) gradients_rows(Formula f, Rows shape, Tensors<T> t) {
     __shared__ float sums[kThreads * kWidth];
-    let_the_next_kernel_start();
+    let_next_come();
     const int together = kThreads / shape.tile;  // rows that the block covers at a time
     const int row = threadIdx.x / shape.tile, column = threadIdx.x - row * shape.tile;
     const int vector = blockIdx.x * shape.tile + column;
@@ -139,7 +133,7 @@ struct Planes {
 
 template <typename T, int kWidth, bool kRectified>
 __global__ void __launch_bounds__(kThreads, 4) gradients_planes(Formula f, Planes shape, Tensors<T> t) {
-    let_the_next_kernel_start();
+    let_next_come();
     const bool is_block = shape.group == kThreads;
     const int of_block = is_block ? blockIdx.x / shape.chunks : blockIdx.x * (kThreads / shape.group);
     const int place = of_block + threadIdx.x / shape.group, lane = threadIdx.x % shape.group;
@@ -180,9 +174,7 @@ __global__ void __launch_bounds__(kThreads, 4) gradients_planes(Formula f, Plane
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads) sum_partials(const float* partial, int count, int channels, int tile, T* db) {
     __shared__ float sums[kSumThreads];
-#if __CUDA_ARCH__ >= 900
-    cudaGridDependencySynchronize();
-#endif
+    wait_for_previous();
     const int column = threadIdx.x % tile, row = threadIdx.x / tile, rows = kSumThreads / tile;
     const int channel = blockIdx.x * tile + column;
     float total = 0.0f;
@@ -222,7 +214,8 @@ Plan plan(const BiasAct& op, bool aligned) {
         const std::int64_t columns = p.is_wide ? op.channels * fold / lanes : op.channels;
         const std::int64_t tiles = ceil_div(columns, 32), tile = ceil_div(columns, tiles);
         const std::int64_t step = kUnroll * (kThreads / tile);
-        const std::int64_t steps = std::max<std::int64_t>(1, ceil_div(rows, step) * tiles / blocks);
+        // Rounded up, so that all blocks run at once: the few of a second wave would hold up the rest.
+        const std::int64_t steps = ceil_div(ceil_div(rows, step) * tiles, blocks);
         const std::int64_t chunk = step * std::max(steps, ceil_div(ceil_div(rows, step), 65535));
         p.rows = {static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(op.channels), static_cast<int>(tile),
                   static_cast<int>(chunk)};
@@ -272,7 +265,7 @@ void launch_sum(const float* partial, std::int64_t count, std::int64_t channels,
     config.blockDim = dim3(kSumThreads);
     config.stream = stream;
     config.attrs = &early;
-    config.numAttrs = compute_capability(kBiasAct) >= 90 ? 1 : 0;
+    config.numAttrs = is_for_hopper(sum_partials<T>, kBiasAct);
     check(cudaLaunchKernelEx(&config, sum_partials<T>, partial, static_cast<int>(count), static_cast<int>(channels), tile,
                              db),
           kBiasAct);

@@ -60,6 +60,7 @@ struct Down {
     float* low;       // the level below, [planes, h, w]
     void* slope;      // rho' of the band, [planes, H, W], or null
     double* partial;  // one sum of scale * rho for each block
+    int rows;         // of a warp of march_down
 };
 
 // x - y, where -0 becomes 0: see Rho::slope.
@@ -132,6 +133,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::resident) down_level(cons
     const Rho<kAbsolute> rho{a.eps_squared};
     const int height = a.level.height, width = a.level.width;
     const int low_height = a.level.low_height(), low_width = a.level.low_width();
+    wait_for_previous();
     load_difference<T, kDifference, Tile>(fine, a, at);
     __syncthreads();
     float sum = 0;
@@ -184,6 +186,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::resident) down_level(cons
 template <bool kAbsolute, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     residual_level(float* level, std::int64_t count, Rho<kAbsolute> rho, double scale, double* partial) {
+    wait_for_previous();
     float sum = 0;
     const float factor = static_cast<float>(scale);
     const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
@@ -207,6 +210,7 @@ struct Sum {
 
 // One block: loss = constant + the sum of all partial sums, in a fixed order.
 __device__ __forceinline__ void sum_partials(const Sum& a) {
+    wait_for_previous();
     double sum = 0;
 #pragma unroll 4
     for (std::int64_t i = threadIdx.x; i < a.count; i += blockDim.x) sum += a.partial[i];
@@ -228,7 +232,8 @@ struct Up {
     ImageStrides strides;
     int channels;
     Level level;
-    Sum sum;  // done by one more block
+    Sum sum;   // done by one more block
+    int rows;  // of a warp of march_up
 };
 
 // kCount rows of slopes from row `top` of a plane on, zero outside the image, as they lie in memory.
@@ -284,6 +289,7 @@ __global__ void __launch_bounds__(Tile::threads, kAbsolute ? Tile::resident : 51
     T* out = static_cast<T*>(a.out) + first / a.channels * a.strides.n + first % a.channels * a.strides.c;
     T* own_out = out + at.y * a.strides.h + at.x * a.strides.w;
     const int row_stride = static_cast<int>(a.strides.h);
+    wait_for_previous();
     const float gain = a.gain == nullptr ? 1.0f : *a.gain;
     const SlopeRows<kAbsolute, kAligned, Tile::warp_rows + 7> row(a.slope, a.level, at.image(), at.y - 4, at.x);
     const float* low = a.coarse + (at.image() * low_height + at.y / 2 - 1) * low_width + at.x / 2;

@@ -23,6 +23,9 @@ inline constexpr int kStrip = 128, kStep = 120;  // columns of a strip, and from
 
 __device__ __forceinline__ int clamped(int i, int size) { return min(max(i, 0), size - 1); }
 
+// The same number for all of a warp, as the compiler can see too.
+__device__ __forceinline__ int warp_of_block() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0); }
+
 // ---- the stencils along one axis ---------------------------------------------------------------------------------
 
 // The middle weights of the adjoints, which hold the repeated borders; elsewhere they are 6 and 4.
@@ -275,8 +278,8 @@ struct Four {
 // ---- sums --------------------------------------------------------------------------------------------------------
 
 // The sum over the block of float64, valid in thread 0: rounding must not show in the last bit of the loss.
-__device__ __forceinline__ double block_sum(double value) {
-    __shared__ double partial[32];
+// partial: 32 numbers of shared memory.
+__device__ __forceinline__ double block_sum(double value, double* partial) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
@@ -287,6 +290,10 @@ __device__ __forceinline__ double block_sum(double value) {
         for (unsigned i = 0; i < blockDim.x / 32; ++i) value += partial[i];
     }
     return value;
+}
+__device__ __forceinline__ double block_sum(double value) {
+    __shared__ double partial[32];
+    return block_sum(value, partial);
 }
 
 }  // namespace clone_fast::pyramid

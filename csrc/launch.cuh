@@ -78,6 +78,15 @@ void allow_shared_memory(Kernel* kernel, int bytes, const char* op) {
           op);
 }
 
+// Whether the kernel that runs was compiled for Hopper or newer: only then its code knows clusters and waits for the
+// kernel before (wait_for_previous), whatever the GPU is.
+template <typename Kernel>
+bool is_for_hopper(Kernel* kernel, const char* op) {
+    cudaFuncAttributes attributes = {};
+    check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), op);
+    return compute_capability(op) >= 90 && attributes.ptxVersion >= 90;
+}
+
 template <typename A, typename B>
 __host__ __device__ constexpr auto ceil_div(A a, B b) {
     return (a + b - 1) / b;
@@ -191,6 +200,23 @@ __device__ __forceinline__ Bytes16 pack(const float (&values)[kLanes<T>]) {
         else words[i] = pack_pair<T>(values[2 * i], values[2 * i + 1]);
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// ---- device: programmatic dependent launch --------------------------------------------------------------------------
+
+// A kernel that was launched with cudaLaunchAttributeProgrammaticStreamSerialization may begin while the one before it
+// on the stream, anybody's, still runs. Behind this that one is done, and what it wrote can be read: nothing is read or
+// written before.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Blocks of the kernel behind may begin, once all blocks of this one have said so or are done.
+__device__ __forceinline__ void let_next_come() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // ---- device: sums -------------------------------------------------------------------------------------------------

@@ -201,7 +201,12 @@ def test_gpu_random_calls(leaf: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((1, 3, 1024, 1024), torch.float32), ((2, 3, 1024, 1024), torch.bfloat16), ((64, 3, 200, 256), torch.float16)],
+    [
+        ((1, 3, 1024, 1024), torch.float32),
+        ((2, 3, 1024, 1024), torch.bfloat16),
+        ((16, 3, 256, 256), torch.float32),
+        ((64, 3, 200, 256), torch.float16),
+    ],
 )
 def test_gpu_photographs(leaf: str, layout: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """The sizes of the field. Charbonnier: among so many coefficients some are zero but for rounding."""
@@ -228,6 +233,27 @@ def test_gpu_twice_the_same(leaf: str) -> None:
     first, second = (gpu_leaf(leaf).launch_keep(x, y, 6, [1.0] * 6, 1e-3) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("leaf", GPU_LEAVES)
+def test_gpu_between_other_kernels(leaf: str) -> None:
+    """Its kernels may begin while those before them still run: they read what these wrote, and not what comes after."""
+    functions = gpu_leaf(leaf)
+    image, y = images((2, 3, 1024, 1024), torch.float32, "cuda")
+    args = (3, [1.0] * 3, None)
+    want = functions.launch_keep(image, y, *args)
+    want_dx = functions.launch_backward(torch.ones_like(want[0]), want[1], want[2], 1.0, image)
+    for _ in range(20):
+        x = torch.full_like(image, float("nan"))
+        x.copy_(image)
+        got = functions.launch_keep(x, y, *args)
+        x.fill_(float("nan"))
+        dloss = torch.zeros_like(got[0]).add_(1)
+        dx = functions.launch_backward(dloss, got[1], got[2], 1.0, x)
+        got[1].zero_(), got[2].zero_(), dloss.zero_()
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(dx, want_dx)
 
 
 @pytest.mark.gpu
