@@ -27,7 +27,7 @@ struct ResampledConv {
     float clamp;  // infinity: none
 };
 
-// Compute capability 9.0 only, and at most 64 input channels.
+// Compute capability 9.0 only, and at most 128 input channels.
 void resampled_conv_up(const ResampledConv& op, cudaStream_t stream);
 
 }  // namespace clone_fast

@@ -14,7 +14,7 @@ __device__ __forceinline__ void load_weights(const ResampledConv& op, const Plan
     const int chunks = op.in_channels / 8, chunks_of_group = plan.chunks_of_group.divisor;
 #pragma unroll 1
     for (int first = 0; first < kWeightGroups * chunks_of_group; first += chunks_of_group) {
-        for (int item = thread; item < 9 * kOut * chunks_of_group; item += kTeams * kGroup) {
+        for (int item = thread; item < kWeightBlocks * kOut * chunks_of_group; item += kTeams * kGroup) {
             std::uint32_t chunk;
             const int row = plan.chunks_of_group.divide(item, chunk), o = row % kOut, tap = row / kOut;
             chunk += first;
@@ -22,9 +22,9 @@ __device__ __forceinline__ void load_weights(const ResampledConv& op, const Plan
             const int channel = segment.first_channel + o;
             const T* from = weight + (tap * op.out_channels + channel) * op.in_channels + chunk * 8;
             // The lane that will filter holds columns 2q and 2q + 1 of every 8: they are to be channels 8q ... 8q + 7.
-            const int slot = o % 8 / 2 * 8 + o / 8 * 2 + o % 2;
-            copy_async(shared + chunk * kWeightPitch + (tap_slot(tap) * kOut + slot) * kUnit, from,
-                       channel < op.out_channels);
+            const int place = o % 8 / 2 * 8 + o / 8 * 2 + o % 2;
+            copy_async(shared + chunk * kWeightPitch + (block_of_tap(tap) * kOut + place) * kUnit, from,
+                       channel < op.out_channels && tap < 9);
         }
         copy_async_commit();
     }
@@ -81,42 +81,34 @@ struct Loader {
     }
 };
 
-// The products of one stage, 16 kSlices input channels, of the two grid rows in it. `pixels` is where this lane's row
-// of the input matrix lies. A slice is loaded while the tensor cores work on the one before.
+// The products of one stage, 16 kSlices input channels, of the two grid rows in it. Begins them; group_wait<0> ends
+// them. An instruction takes nearly as long for 32 columns as for 64: so 6 for pairs of phases, not 9 for one each.
 template <typename T, int kSlices>
-__device__ __forceinline__ void multiply_stage(Sums& sums, std::uint32_t pixels, std::uint32_t weight, bool first) {
-    const Matrix b(weight, kWeightPitch);
-    std::uint32_t a[2][4][4];
+__device__ __forceinline__ void multiply_stage(Sums& sums, std::uint32_t stage, std::uint32_t weight, bool first) {
+    constexpr int kHere = kGrid + 1, kLeft = kGrid, kAbove = 1, kAboveLeft = 0;  // shifts, in pixels
+    const Matrix a(stage, kInputPitch), b(weight, kWeightPitch);
+    group_fence();
 #pragma unroll
     for (int k = 0; k < kSlices; ++k) {
-        auto& shifts = a[k % 2];
-        if (k >= 1) group_wait<1>();
-        const std::uint32_t from = pixels + 2 * k * kInputPitch;
-        load_matrices(shifts[0], from + (kGrid + 1) * kUnit);  // (0, 0)
-        load_matrices(shifts[1], from + kGrid * kUnit);  // (0, -1)
-        load_matrices(shifts[2], from + kUnit);  // (-1, 0)
-        load_matrices(shifts[3], from);  // (-1, -1)
-        const auto multiply_add = [&](int phase, int shift, int slot, int add = 1) {
-            group_multiply_add<T>(sums[phase], shifts[shift], b, 2 * k * kWeightPitch / kUnit + slot * kOut, add);
+        const auto multiply_add = [&](int pair, int shift, int block, int add) {
+            group_multiply_add<T>(sums[pair], a, 2 * k * kInputPitch / kUnit + shift, b,
+                                  2 * k * kWeightPitch / kUnit + block * kOut, add);
         };
-        group_fence();
-#pragma unroll
-        for (int phase = 0; phase < 4; ++phase) multiply_add(phase, 0, phase, k > 0 || !first);
-        multiply_add(1, 1, 5);  // no phase twice in a row: a sum waits for the one before it
-        multiply_add(0, 1, 4);
-        multiply_add(1, 2, 6);
-        multiply_add(2, 2, 7);
-        multiply_add(1, 3, 8);
-        group_commit();
+        multiply_add(0, kHere, 0, k > 0 || !first);
+        multiply_add(1, kHere, 2, k > 0 || !first);
+        multiply_add(0, kLeft, 4, 1);
+        multiply_add(1, kAbove, 7, 1);
+        multiply_add(0, kAbove, 6, 1);
+        multiply_add(0, kAboveLeft, 9, 1);
     }
-    group_wait<0>();
+    group_commit();
 }
 
 template <typename T>
 __device__ __forceinline__ void store_field(const Sums& sums, std::uint32_t field) {
     const int thread = read_thread() % kGroup;  // read again, so that no register keeps what follows from it
     const int warp = thread / 32, lane = thread % 32;
-    constexpr int kPhaseRow[4] = {1, 0, 0, 1}, kPhaseColumn[4] = {0, 0, 1, 1};
+    constexpr int kPhaseRow[4] = {0, 1, 1, 0}, kPhaseColumn[4] = {0, 0, 1, 1};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int column = warp % 2 * 16 + half * 8 + lane % 8;
@@ -126,7 +118,8 @@ __device__ __forceinline__ void store_field(const Sums& sums, std::uint32_t fiel
             std::uint32_t words[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                words[i] = pack_pair<T>(sums[phase][4 * i + 2 * half], sums[phase][4 * i + 2 * half + 1]);
+                const int at = phase % 2 * 16 + 4 * i + 2 * half;
+                words[i] = pack_pair<T>(sums[phase / 2][at], sums[phase / 2][at + 1]);
             }
             store_matrices(rows + (kPhaseRow[phase] * 2 + kPhaseColumn[phase]) * kPlane +
                                field_unit(column, lane / 8, kPhaseColumn[phase]),
@@ -148,8 +141,6 @@ __device__ __forceinline__ void multiply(const ResampledConv& op, const Plan& pl
     };
     for (int i = 0; i + 1 < kStages; ++i) load_next();
 
-    const int lane = thread % 32;
-    const std::uint32_t pixels = input + lane / 16 * kInputPitch + (thread / 32 * 16 + lane % 16) * kUnit;
     int stage = 0, buffer = 0;
     Sums sums;
 #pragma unroll 1
@@ -157,14 +148,16 @@ __device__ __forceinline__ void multiply(const ResampledConv& op, const Plan& pl
 #pragma unroll 1
         for (int part = 0; part < plan.parts; ++part) {
             copy_async_wait<kStages - 2>();
+            publish();
             if (step == 0 && part % plan.parts_of_group == 0) {
                 barrier_wait(kWeightBarrier + part / plan.parts_of_group, kThreads);
             }
             // All of this stage is there, and everybody is done with the one before.
             barrier_wait(barrier_of(team, kTogether), kGroup);
-            load_next();
-            multiply_stage<T, kSlices>(sums, pixels + stage * L::kStage, weight + part * L::kChunks * kWeightPitch,
+            multiply_stage<T, kSlices>(sums, input + stage * L::kStage, weight + part * L::kChunks * kWeightPitch,
                                        part == 0);
+            load_next();
+            group_wait<0>();
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }
         if (step >= kFields) barrier_wait(barrier_of(team, kEmpty + buffer), 2 * kGroup);

@@ -45,13 +45,6 @@ __device__ __forceinline__ void store_matrices(std::uint32_t to, std::uint32_t a
                  : "memory");
 }
 
-__device__ __forceinline__ void load_matrices(std::uint32_t (&to)[4], std::uint32_t from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(from)
-                 : "memory");
-}
-
 __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&to)[4], std::uint32_t from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -101,24 +94,28 @@ struct Matrix {
         : low(address >> 4 | pitch >> 4 << 16), high(128 >> 4) {}
 };
 
-#define CLONE_FAST_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define CLONE_FAST_WGMMA(types)                                                                               \
-    asm volatile("{.reg .pred p; .reg .b64 b; setp.ne.b32 p, %22, 0; mov.b64 b, {%20, %21}; "                 \
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32." types                                          \
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "                  \
-                 "{%16, %17, %18, %19}, b, p, 1, 1, 0;}"                                                    \
-                 : CLONE_FAST_D4(0), CLONE_FAST_D4(4), CLONE_FAST_D4(8), CLONE_FAST_D4(12)                    \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.low + unit), "r"(b.high), "r"(add))
+#define CLONE_FAST_D8(i)                                                                                        \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+        "+f"(d[i + 7])
+#define CLONE_FAST_WGMMA(types)                                                                      \
+    asm volatile("{.reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %36, 0; mov.b64 a, {%32, %33}; "     \
+                 "mov.b64 b, {%34, %35}; wgmma.mma_async.sync.aligned.m64n64k16.f32." types          \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " \
+                 "a, b, p, 1, 1, 0, 0;}"                                                             \
+                 : CLONE_FAST_D8(0), CLONE_FAST_D8(8), CLONE_FAST_D8(16), CLONE_FAST_D8(24)          \
+                 : "r"(a.low + a_unit), "r"(a.high), "r"(b.low + b_unit), "r"(b.high), "r"(add))
 
-// d += a b, or d = a b where `add` is 0, with b from `unit` on: 64 rows, 16 of each warp, x 32 columns, 16 terms.
+// d += a b, or d = a b where `add` is 0, with the matrices from unit a_unit and b_unit on: 64 rows, 16 of each warp,
+// x 64 columns, 16 terms.
 template <typename T>
-__device__ __forceinline__ void group_multiply_add(float (&d)[16], const std::uint32_t (&a)[4], Matrix b, int unit,
-                                                   int add = 1) {
+__device__ __forceinline__ void group_multiply_add(float (&d)[32], Matrix a, int a_unit, Matrix b, int b_unit,
+                                                   int add) {
     if constexpr (std::is_same_v<T, Half>) CLONE_FAST_WGMMA("f16.f16");
     else CLONE_FAST_WGMMA("bf16.bf16");
 }
 
-#undef CLONE_FAST_D4
+#undef CLONE_FAST_D8
 #undef CLONE_FAST_WGMMA
 
 }  // namespace clone_fast::resampled

@@ -9,7 +9,7 @@ namespace clone_fast::resampled {
 
 constexpr char kOp[] = "modulated_conv2d (up)";
 constexpr int kUnit = 16;
-constexpr int kInChannels = 64;  // at most: with more, the convolution and the filter in two kernels are faster
+constexpr int kInChannels = 128;  // at most: with more, the weights leave no room for the rest in shared memory
 constexpr int kOut = 32;  // output channels of a block
 constexpr int kGrid = 32;  // grid columns of a strip
 constexpr int kColumns = 2 * (kGrid - 2);  // output columns of a strip
@@ -20,7 +20,8 @@ constexpr int kThreads = 2 * kTeams * kGroup;
 constexpr int kWeightGroups = 2;  // the weights arrive in as many portions, so that work begins with the first
 constexpr int kInputPixels = 3 * kGrid;
 constexpr int kInputPitch = (kInputPixels + 1) * kUnit;  // odd in units: the chunks of a pixel lie in different banks
-constexpr int kWeightPitch = (9 * kOut + 1) * kUnit;
+constexpr int kWeightBlocks = 11;  // of 32 output channels each: the 9 taps, and two blocks of zeros
+constexpr int kWeightPitch = (kWeightBlocks * kOut + 1) * kUnit;
 constexpr int kPlane = kGrid * kOut * 2;  // bytes of the even or the odd columns of a field row
 constexpr int kField = kRows * 2 * kPlane;
 constexpr int kFields = 3;  // buffers: two are being filtered, one is being filled
@@ -42,18 +43,20 @@ __device__ __forceinline__ int barrier_of(int team, int which) { return team * k
 constexpr int kWeightBarrier = kTeams * kBarriers;  // and those behind it: a portion of the weights is there
 static_assert(kWeightBarrier + kWeightGroups <= 16);
 
-// Of a grid position, for each phase: 8 columns of 8 output channels are 4 of a lane's 16 numbers.
-using Sums = float[4][16];
+// Of a grid position, for each pair of phases: 8 columns of 8 output channels are 4 of a lane's numbers, and the first
+// 16 are those of one phase.
+using Sums = float[2][32];
 
 template <typename T>
 __device__ __forceinline__ float load_number(const void* from, std::int64_t index, int is_float) {
     return is_float ? static_cast<const float*>(from)[index] : to_float(static_cast<const T*>(from)[index]);
 }
 
-// Where a tap's 32 output channels lie among the 9 x 32 of a chunk. Phases in the order (odd row, even column), (even,
-// even), (even, odd), (odd, odd): those of one shift are neighbours, in the weights as in the accumulators.
-__device__ __forceinline__ int tap_slot(int tap) {  // 1, 2, 5, 0, 3, 4, 6, 7, 8 of taps 0 ... 8
-    return static_cast<int>(0x876430521ull >> (4 * tap) & 15);
+// In which block of a chunk a tap's 32 output channels lie. The phases are (even row, even column), (odd, even); (odd,
+// odd), (even, odd): an instruction multiplies a pair of them, by two neighbouring blocks. "Taps" 9 and 10 are zeros,
+// for shifts that only one phase of a pair takes part in.
+__device__ __forceinline__ int block_of_tap(int tap) {  // 0, 3, 4, 1, 2, 5, 6, 8, 9, 7, 10
+    return static_cast<int>(0xa7986521430ull >> (4 * tap) & 15);
 }
 
 // Where a column's 16-byte unit is in its plane of the field, the plane of the even or of the odd columns. Neither 8

@@ -3,8 +3,8 @@
 //
 // The transposed convolution's result, the field, has four phases: its even and odd rows and columns. A field row 2p
 // gets input row p by tap 0 and input row p - 1 by tap 2, a field row 2p + 1 gets input row p by tap 1; columns alike.
-// So on the grid of the input's pixels each phase is a small matrix product, with 4, 2, 2 and 1 taps, and what is
-// loaded of the input at shift (0, 0) serves all four phases, at (0, -1) and (-1, 0) two, at (-1, -1) one.
+// So on the grid of the input's pixels each phase is a small matrix product, with 4, 2, 2 and 1 taps; the input at shift
+// (0, 0) is a factor of all four, at (0, -1) and (-1, 0) of two, at (-1, -1) of one. Two phases are multiplied at once.
 //
 // A block keeps the weights of 32 output channels in shared memory. It has two teams; each walks down a strip of the
 // image, two grid rows (four field rows, four output rows) at a step. In a team one warpgroup multiplies: it brings the
@@ -13,7 +13,7 @@
 // two warpgroups overlap, and so do the two teams.
 //
 // Shared memory, in units of 16 bytes = 8 channels:
-//   weight  [chunk of channels][tap, output channel], the taps in the order of the shifts and phases above
+//   weight  [chunk of channels][tap, output channel], the taps in the order of block_of_tap
 //   input   [chunk of channels][pixel]: three rows of 32 pixels (the first belongs to the step before), one behind the
 //           other. So the pixels of a shift lie as those of its neighbour, some units earlier.
 //   field   [row][even or odd columns][column][4 units]: units are permuted so that neither writing nor reading meets
@@ -87,8 +87,8 @@ void launch_up(const ResampledConv& op, cudaStream_t stream) {
 template <typename T>
 void launch_up(const ResampledConv& op, cudaStream_t stream) {
     if (op.in_channels > kInChannels || op.in_channels % 16) fail(kOp, "channels that no kernel exists for");
-    if (op.in_channels % 64 == 0) return launch_up<T, 4, 3>(op, stream);
-    if (op.in_channels % 32 == 0) return launch_up<T, 2, 4>(op, stream);
+    if (op.in_channels == 64) return launch_up<T, 4, 3>(op, stream);
+    if (op.in_channels % 32 == 0) return launch_up<T, 2, 3>(op, stream);
     return launch_up<T, 1, 4>(op, stream);
 }
 

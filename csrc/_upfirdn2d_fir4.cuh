@@ -51,16 +51,24 @@ struct Separable {
 };
 
 // No resampling: row r joins the sums of output rows r - 3 .. r, which wait in slots (row % 4); the newest begins here.
+// Windows that finish (_upfirdn2d_finish.cuh) say what a sum begins with.
 template <class Windows>
 struct Same {
     static constexpr int kOut = Windows::kOut, kValues = Windows::kValues;
     static constexpr int kLead = 3;  // rows of output that are begun outside the band
+    using Begin = float[kOut][kValues];
     float sums[4][kOut][kValues] = {};
 
     __device__ static int input_rows(int rows) { return rows + 3; }
 
+    // factor * value + what the sum begins with.
+    __device__ __forceinline__ static float begun(float factor, float value, const Begin& begin, int p, int q) {
+        if constexpr (Windows::kFinishes) return fmaf(factor, value, begin[p][q]);
+        else return factor * value;
+    }
     template <int r>
-    __device__ __forceinline__ void add(const Separable& f, const float (&window)[kOut + 3][kValues]) {
+    __device__ __forceinline__ void add(const Separable& f, const float (&window)[kOut + 3][kValues],
+                                        const Begin& begin) {
 #pragma unroll
         for (int p = 0; p < kOut; ++p) {
 #pragma unroll
@@ -68,14 +76,14 @@ struct Same {
                 float across = f.x[0] * window[p][q];
 #pragma unroll
                 for (int k = 1; k < 4; ++k) across = fmaf(f.x[k], window[p + k][q], across);
-                sums[r & 3][p][q] = f.y[0] * across;
+                sums[r & 3][p][q] = begun(f.y[0], across, begin, p, q);
 #pragma unroll
                 for (int k = 1; k < 4; ++k) sums[(r - k) & 3][p][q] = fmaf(f.y[k], across, sums[(r - k) & 3][p][q]);
             }
         }
     }
     template <int r>
-    __device__ __forceinline__ void add(const Dense& f, const float (&window)[kOut + 3][kValues]) {
+    __device__ __forceinline__ void add(const Dense& f, const float (&window)[kOut + 3][kValues], const Begin& begin) {
 #pragma unroll
         for (int p = 0; p < kOut; ++p) {
 #pragma unroll
@@ -83,7 +91,8 @@ struct Same {
 #pragma unroll
                 for (int i = 0; i < 16; ++i) {
                     float& sum = sums[(r - i / 4) & 3][p][q];
-                    sum = i == 0 ? f.tap[0][0] * window[p][q] : fmaf(f.tap[i / 4][i % 4], window[p + i % 4][q], sum);
+                    sum = i == 0 ? begun(f.tap[0][0], window[p][q], begin, p, q)
+                                 : fmaf(f.tap[i / 4][i % 4], window[p + i % 4][q], sum);
                 }
             }
         }
@@ -92,7 +101,9 @@ struct Same {
     __device__ __forceinline__ void row(Windows& at, const Filter& f, int first) {
         float window[Windows::kIn][kValues];
         at.template row_into<r>(window);
-        add<r>(f, window);
+        Begin begin;
+        if constexpr (Windows::kFinishes) at.template sums_begin<r>(begin);
+        add<r>(f, window, begin);
         at.store(first + r - kLead, sums[(r + 1) & 3]);
     }
 };
@@ -178,10 +189,12 @@ __device__ __forceinline__ void slide(Windows& at, const Filter& f, const Grid& 
 template <typename T, int kUp, int kDown, class Windows>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     fir4_kernel(const T* __restrict__ x, const float* __restrict__ f, T* __restrict__ y,
-                const __grid_constant__ Grid g) {
+                const __grid_constant__ Grid g, const __grid_constant__ typename Windows::Finish finish) {
     using NotUp = std::conditional_t<kDown == 2, Down<Windows>, Same<Windows>>;
     using Step = std::conditional_t<kUp == 2, Up<Windows>, NotUp>;
-    Windows at(g, Place(g), x, y, Step::kLead);
+    const Place place(g);
+    Windows at(g, place, x, y, Step::kLead);
+    if constexpr (Windows::kFinishes) at.begin_finish(finish, g, place);
     at.begin();
     if constexpr (kUp == 1 && kDown == 1) {
         const Separable separable(f, g);

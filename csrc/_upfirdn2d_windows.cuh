@@ -31,6 +31,9 @@ struct Grid {
     int flip, separable;
 };
 
+// What windows that only filter are told about what follows.
+struct Nothing {};
+
 // Input columns under `out` output columns. Upsampling: where the first of them has the even phase it takes one more.
 template <int kUp, int kDown>
 __host__ __device__ constexpr int window_of(int out, bool even) {
@@ -69,8 +72,9 @@ __device__ __forceinline__ void copy16_async(std::uint32_t to, const void* from,
 // may begin inside a vector, and is shifted into place in registers.
 template <typename T, int kUp, int kDown, bool kChannelsLast, bool kEvenPhase>
 struct Vectors {
+    using Finish = Nothing;
     static constexpr int kV = kLanes<T>;
-    static constexpr bool kEven = kEvenPhase;
+    static constexpr bool kEven = kEvenPhase, kFinishes = false;
     static constexpr int kOut = kChannelsLast ? (kDown == 2 ? 1 : 2) : kV, kValues = kChannelsLast ? kV : 1;
     static constexpr int kIn = window_of<kUp, kDown>(kOut, kEven);
     static constexpr int kRead = kChannelsLast ? kIn : (kIn + 2 * (kV - 1)) / kV;  // vectors that a window touches
@@ -226,7 +230,8 @@ struct Vectors {
 template <typename T, int kUp, int kDown>
 struct Elements {
     static constexpr int kOut = 2, kValues = 1, kIn = window_of<kUp, kDown>(kOut, false);
-    static constexpr bool kEven = false;
+    using Finish = Nothing;
+    static constexpr bool kEven = false, kFinishes = false;
 
     static int chunks(int, int) { return 0; }
     static int shared_bytes(const Grid&) { return 0; }

@@ -165,4 +165,14 @@ PYBIND11_MODULE(_C, module) {
             upfirdn2d(Dtype{x_dtype}, pointer(x), pointer<float>(f), Dtype{y_dtype}, pointer(y), op, stream_of(stream));
         },
         unlocked);
+    module.def(
+        "upfirdn2d_finish",
+        [](const Upfirdn2d& op, int dtype, Address x, Address f, Address y, Address noise, std::int64_t noise_stride,
+           Address strength, Address bias, float gain, float slope, float clamp, Address stream) {
+            const Upfirdn2dFinish finish{pointer(noise), pointer(strength), pointer(bias), noise_stride,
+                                         gain,           slope,             clamp};
+            upfirdn2d_finish(Dtype{dtype}, pointer(x), pointer<float>(f), pointer(y), op, finish, stream_of(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), "op"_a, "dtype"_a, "x"_a, "f"_a, "y"_a, "noise"_a,
+        "noise_stride"_a, "strength"_a, "bias"_a, "gain"_a, "slope"_a, "clamp"_a, "stream"_a);
 }

@@ -1,82 +1,31 @@
 // upfirdn2d: the launcher, and the kernel for whatever the fast ones of _upfirdn2d_fir4.cuh leave.
 #include "upfirdn2d.h"
 
-#include <algorithm>
-
-#include "_upfirdn2d_fir4.cuh"
+#include "_upfirdn2d_launch.cuh"
 
 namespace clone_fast {
 namespace {
 
-constexpr const char* kOp = "upfirdn2d";
+using fir::kOp;
+
 constexpr int kGeneralThreads = 256;
-
-// How many blocks to make of a tensor, in percent of what the machine holds at once. Few have long bands and read
-// little twice; many leave no multiprocessor waiting for the last one. Measured on an H200, tensors of 16 to 512 MB.
-template <int kUp, int kDown, class Windows>
-constexpr int kPercent = kUp == 2 ? 400 : kDown == 2 ? 50 : Windows::kValues == 1 ? 200 : 50;
-
-template <typename Kernel>
-std::int64_t blocks_wanted(Kernel* kernel, int shared_bytes, int percent) {
-    int blocks = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, fir::kThreads, shared_bytes), kOp);
-    return std::int64_t{percent} * std::max(1, blocks) * multiprocessors(kOp) / 100;
-}
-
-template <typename T, int kUp, int kDown, class Windows>
-void launch_fir4(const T* x, const float* f, T* y, const Upfirdn2d& a, int splits, int vectors, cudaStream_t stream) {
-    const auto kernel = fir::fir4_kernel<T, kUp, kDown, Windows>;
-    const int images = a.channels_last ? a.n : a.n * a.c;
-    fir::Grid g;
-    g.c = a.channels_last ? a.c : 1, g.h = a.h, g.w = a.w, g.oh = a.oh, g.ow = a.ow;
-    g.start_x = kUp == 2 && a.pad_x % 2 == 0 && !Windows::kEven ? -1 : 0;
-    g.start_y = kUp == 2 && a.pad_y % 2 == 0 ? -1 : 0;
-    g.first_x = kUp == 2 ? (g.start_x + !Windows::kEven - a.pad_x) / 2 : -a.pad_x;  // without a rest
-    g.first_y = kUp == 2 ? (g.start_y + 1 - a.pad_y) / 2 : -a.pad_y;
-    g.gain = a.gain, g.flip = a.flip, g.separable = a.separable;
-
-    const int groups = ceil_div(a.ow - g.start_x, Windows::kOut);  // of columns
-    int strips;
-    if (Windows::kValues == 1 && a.channels_last) {  // Elements, which take columns and channels in one
-        const int lanes = std::min(fir::kThreads, groups * vectors);
-        strips = ceil_div(groups * vectors, lanes), g.columns = 0, g.lanes = Divider(lanes);
-    } else {  // strips of the same width, and at least as wide as Vectors::kCopies wants
-        strips = ceil_div(groups, std::min(fir::kThreads / vectors, std::max(4, groups)));
-        g.columns = std::max(4, ceil_div(groups, strips));
-        g.lanes = Divider(g.columns * vectors);
-    }
-    g.vectors = Divider(vectors);
-    g.chunks = Windows::chunks(g.columns, vectors);
-    const int shared_bytes = Windows::shared_bytes(g), per_block = fir::kThreads / static_cast<int>(g.lanes.divisor);
-    if (shared_bytes > 48 * 1024) allow_shared_memory(kernel, shared_bytes, kOp);
-
-    const int total = kUp == 2 ? ceil_div(a.oh - g.start_y, 2) : a.oh;
-    const std::int64_t pieces = static_cast<std::int64_t>(strips) * splits * images;
-    const std::int64_t wanted = per_block * blocks_wanted(kernel, shared_bytes, kPercent<kUp, kDown, Windows>);
-    g.rows = ceil_div(total, static_cast<int>(std::clamp<std::int64_t>(wanted / pieces, 1, std::max(1, total / 8))));
-    const int bands = ceil_div(total, g.rows);
-    g.pieces = static_cast<int>(pieces * bands);
-    g.splits = Divider(splits), g.strips = Divider(strips), g.bands = Divider(bands);
-    kernel<<<ceil_div(g.pieces, per_block), fir::kThreads, shared_bytes, stream>>>(x, f, y, g);
-    check_launch(kOp);
-}
 
 template <typename T, int kUp, int kDown>
 void run_fir4(const T* x, const float* f, T* y, const Upfirdn2d& a, cudaStream_t stream) {
     const bool aligned = is_aligned(x) && is_aligned(y);
     if (a.channels_last && a.c % kLanes<T> == 0 && aligned) {
-        int vectors = std::min(8, a.c / kLanes<T>);
-        while (a.c / kLanes<T> % vectors) --vectors;
-        return launch_fir4<T, kUp, kDown, fir::Vectors<T, kUp, kDown, true, false>>(
+        const int vectors = fir::vectors_of<T>(a.c);
+        return fir::launch_fir4<T, kUp, kDown, fir::Vectors<T, kUp, kDown, true, false>>(
             x, f, y, a, a.c / kLanes<T> / vectors, vectors, stream);
     }
     if (!a.channels_last && a.w % kLanes<T> == 0 && a.ow % kLanes<T> == 0 && aligned) {
         if constexpr (kUp == 2)
             if (a.pad_x % 2 == 0)
-                return launch_fir4<T, kUp, kDown, fir::Vectors<T, kUp, kDown, false, true>>(x, f, y, a, 1, 1, stream);
-        return launch_fir4<T, kUp, kDown, fir::Vectors<T, kUp, kDown, false, false>>(x, f, y, a, 1, 1, stream);
+                return fir::launch_fir4<T, kUp, kDown, fir::Vectors<T, kUp, kDown, false, true>>(x, f, y, a, 1, 1,
+                                                                                                 stream);
+        return fir::launch_fir4<T, kUp, kDown, fir::Vectors<T, kUp, kDown, false, false>>(x, f, y, a, 1, 1, stream);
     }
-    launch_fir4<T, kUp, kDown, fir::Elements<T, kUp, kDown>>(x, f, y, a, 1, a.channels_last ? a.c : 1, stream);
+    fir::launch_fir4<T, kUp, kDown, fir::Elements<T, kUp, kDown>>(x, f, y, a, 1, a.channels_last ? a.c : 1, stream);
 }
 
 // Everything else, one thread for each output: only taps that meet a sample of the image are visited.

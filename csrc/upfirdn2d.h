@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 #include "dtype.h"
 
 namespace clone_fast {
@@ -22,5 +24,19 @@ struct Upfirdn2d {
 // x and y of x_dtype and y_dtype: equal, or one of them float32 (a pass of a separable filter). f float32.
 void upfirdn2d(Dtype x_dtype, const void* x, const float* f, Dtype y_dtype, void* y, const Upfirdn2d& args,
                cudaStream_t stream);
+
+// y = clamp(gain * act(the filtered + noise * strength + bias)): what follows a convolution. All tensors in x's dtype.
+struct Upfirdn2dFinish {
+    const void* noise;     // [oh, ow], sample n at n * noise_stride elements; null: none
+    const void* strength;  // its factor, one number; null: 1
+    const void* bias;      // [c]; null: none
+    std::int64_t noise_stride;
+    float gain, slope;  // above zero; at most 1, what the activation multiplies numbers below zero by
+    float clamp;        // infinity: none
+};
+
+// A 4x4 filter without resampling, and the rest in the same pass.
+void upfirdn2d_finish(Dtype dtype, const void* x, const float* f, void* y, Upfirdn2d args,
+                      const Upfirdn2dFinish& finish, cudaStream_t stream);
 
 }  // namespace clone_fast

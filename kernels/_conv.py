@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clone_fast.kernels import _conv_tuning as tuning
 from clone_fast.kernels._conv_memory import described_image, described_weight, taps_first
-from clone_fast.kernels._fir_epilogue import Epilogue, activated, loaded, strides
+from clone_fast.kernels._epilogue import Epilogue, activated, loaded, strides
 
 # How the result's pixels see the input: (o + d - pad), (2 o + d - pad), or the adjoint of the latter.
 SAME, DOWN, UP = 0, 1, 2

@@ -13,7 +13,8 @@ from torch import Tensor
 from clone_fast.kernels._act_backward import launch_act_backward, supports_act_backward
 from clone_fast.kernels._conv import Geometry, convolve
 from clone_fast.kernels._dense import SLOPES, layout_of
-from clone_fast.kernels._fir_epilogue import Epilogue, fir
+from clone_fast.kernels._epilogue import Epilogue
+from clone_fast.kernels._fir_epilogue import fir
 from clone_fast.kernels._modulate import modulate as launch_modulate
 from clone_fast.kernels._modulate import modulate_backward as launch_modulate_backward
 from clone_fast.kernels._wgrad import launch_wgrad, supports_wgrad
@@ -22,6 +23,8 @@ __all__ = [
     "launch",
     "launch_act_backward",
     "launch_conv",
+    "launch_conv_finish",
+    "launch_finish",
     "launch_modulate",
     "launch_modulate_backward",
     "launch_wgrad",
@@ -29,6 +32,8 @@ __all__ = [
     "supports",
     "supports_act_backward",
     "supports_conv",
+    "supports_conv_finish",
+    "supports_finish",
     "supports_wgrad",
 ]
 
@@ -49,10 +54,16 @@ def describe(x: Tensor, weight: Tensor, *_: object) -> str:
     return {"triton": "multiplied in Triton", "cudnn": "multiplied by cuDNN"}[route(x, weight)]
 
 
+def _dtype_reason(x: Tensor) -> str | None:
+    if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return None
+    return f"{str(x.dtype).removeprefix('torch.')} runs on the reference only"
+
+
 def supports_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> str | None:
     """None, or why `launch_conv` cannot run."""
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"{str(x.dtype).removeprefix('torch.')} runs on the reference only"
+    if _dtype_reason(x):
+        return _dtype_reason(x)
     if weight.dtype != x.dtype:
         return f"weight must have x's dtype {x.dtype}, got {weight.dtype}"
     if stride not in (1, 2):
@@ -74,11 +85,47 @@ def supports(
     clamp: float | None,
 ) -> str | None:
     """None, or why `launch` cannot run."""
+    return _epilogue_reason(act, gain) or supports_conv(x, weight, 1, 0, False)
+
+
+def _epilogue_reason(act: str, gain: float) -> str | None:
     if act not in SLOPES:
         return f"fused activations are {', '.join(SLOPES)}, got {act}"
     if gain <= 0:
         return f"the fused gain is positive, got {gain}"
-    return supports_conv(x, weight, 1, 0, False)
+    return None
+
+
+def supports_finish(
+    z: Tensor,
+    resample_filter: Tensor,
+    padding: list[int],
+    filter_gain: float,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    act: str,
+    gain: float,
+    clamp: float | None,
+) -> str | None:
+    """None, or why `launch_finish` cannot run."""
+    return _epilogue_reason(act, gain) or _dtype_reason(z)
+
+
+def supports_conv_finish(
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    act: str,
+    gain: float,
+    clamp: float | None,
+) -> str | None:
+    """None, or why `launch_conv_finish` cannot run."""
+    return _epilogue_reason(act, gain) or supports_conv(x, weight, stride, padding, False)
 
 
 def _empty(x: Tensor, channels: int, height: int, width: int, *, like_x: bool) -> Tensor:
@@ -129,6 +176,46 @@ def launch_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed
     geometry = Geometry.of(x, weight.shape[-1], stride, padding, transposed)
     y = _empty(x, weight.shape[-4], geometry.height, geometry.width, like_x=True)
     return _convolved(x, weight, geometry, y, BARE)
+
+
+def launch_conv_finish(
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    act: str,
+    gain: float,
+    clamp: float | None,
+) -> Tensor:
+    """F.conv2d(x, weight, stride, padding) with what follows it: clamp(gain * act(conv + noise * strength + bias))."""
+    geometry = Geometry.of(x, weight.shape[-1], stride, padding, False)
+    y = _empty(x, weight.shape[-4], geometry.height, geometry.width, like_x=True)
+    return _convolved(x, weight, geometry, y, Epilogue(noise, noise_strength, bias, act, gain, clamp))
+
+
+def launch_finish(
+    z: Tensor,
+    resample_filter: Tensor,
+    padding: list[int],
+    filter_gain: float,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    act: str,
+    gain: float,
+    clamp: float | None,
+) -> Tensor:
+    """clamp(gain * act(FIR(z) + noise * noise_strength + bias)): what follows an upsampling convolution.
+
+    The FIR is upfirdn2d's without resampling, padding [x0, x1, y0, y1].
+    """
+    (_, c, h, w), (x0, x1, y0, y1), f = z.shape, padding, resample_filter
+    y = _empty(z, c, h + y0 + y1 - f.shape[0] + 1, w + x0 + x1 - f.shape[-1] + 1, like_x=True)
+    epilogue = Epilogue(noise, noise_strength, bias, act, gain, clamp)
+    return fir(z, y, f, (x0, y0), filter_gain=filter_gain, epilogue=epilogue)
 
 
 def launch(

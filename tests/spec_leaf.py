@@ -134,6 +134,21 @@ def conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool)
     return torch.cat(results)
 
 
+def finish(
+    z: Tensor, f: Tensor, padding: list[int], filter_gain: float, noise: Tensor | None, strength: Tensor | None,
+    bias: Tensor | None, act: str, gain: float, clamp: float | None,
+) -> Tensor:  # fmt: skip
+    y = upfirdn2d.upfirdn2d(z, f, padding=padding, gain=filter_gain)
+    if noise is not None:
+        y = y + (noise if strength is None else noise * strength)
+    return bias_act.bias_act(y, bias, act=act, gain=gain, clamp=clamp)
+
+
+def conv_finish(x: Tensor, weight: Tensor, stride: int, padding: int, *epilogue: Any) -> Tensor:
+    one = torch.ones([1, 1], device=x.device)
+    return finish(conv(x, weight, stride, padding, False), one, [0, 0, 0, 0], 1.0, *epilogue)
+
+
 def wgrad(
     a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sample: bool, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -202,6 +217,8 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
     "modulated_conv2d": {
         "launch": _convolution,
         "launch_conv": conv,
+        "launch_conv_finish": conv_finish,
+        "launch_finish": finish,
         "launch_wgrad": wgrad,
         "launch_act_backward": act_backward,
         "launch_modulate": modulate,
@@ -210,9 +227,11 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
 }
 
 
-def steps(op: str) -> types.SimpleNamespace:
-    """The leaf of an op."""
+def steps(op: str, *, whole: bool = True) -> types.SimpleNamespace:
+    """The leaf of an op; where it is not `whole`, modulated_conv2d has to be composed of steps where it resamples."""
     functions = dict(SPEC[op])
+    if op == "modulated_conv2d" and not whole:
+        functions["supports"] = lambda *args: None if args[6:8] == (1, 1) else "fuses no resampling"
     if op in ("upfirdn2d", "modulated_conv2d"):
         launch = functions["launch"]
         functions["launch"] = lambda x, *args: as_result(launch(x, *args), x)

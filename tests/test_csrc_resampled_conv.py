@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from grids import as_layout
+from spec_leaf import finish as spec_finish
 from torch import Tensor
 
+from clone_fast.ops.registration import layout_of
 from clone_fast.reference.bias_act import bias_act
 from clone_fast.reference.modulated_conv2d import resampled_conv2d
 
@@ -25,6 +27,9 @@ SHAPES = [
     (1, 48, 16, 70, 3),
     (2, 32, 32, 13, 35),
     (1, 48, 80, 12, 61),
+    (2, 128, 64, 33, 47),
+    (1, 112, 48, 10, 31),
+    (1, 96, 32, 1, 1),
 ]
 
 
@@ -52,10 +57,13 @@ def convolve(x: Tensor, weight: Tensor, f: Tensor) -> Tensor:
     return torch.cat([resampled_conv2d(one, w, up=2, down=1, f=f) for one, w in pairs])
 
 
-def assert_close(got: Tensor, want: Tensor, plain: Tensor) -> None:
-    """The rule of errors: at most twice that of the plain computation in the same dtype, plus one rounding."""
+def assert_close(got: Tensor, want: Tensor, plain: Tensor, peak: Tensor | None = None) -> None:
+    """The rule of errors: at most twice that of the plain computation in the same dtype, plus one rounding of `peak`.
+
+    The peak is the largest result, unless a clamp hides it: sums are rounded before.
+    """
     assert got.shape == want.shape
-    error, peak = (got.double() - want).abs().max(), want.abs().max()
+    error, peak = (got.double() - want).abs().max(), want.abs().max() if peak is None else peak
     allowed = 2 * (plain.double() - want).abs().max() + torch.finfo(got.dtype).eps * peak
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
@@ -166,4 +174,50 @@ def test_reasons(leaf: Any) -> None:
     assert "[4, 4]" in reason(x, weight, f[:3])
     assert "[4, 4]" in reason(x, weight, None)
     assert "up=1" in reason(x, weight, f, up=1)
-    assert "at most 64" in reason(x.repeat(1, 4, 1, 1), weight.repeat(1, 4, 1, 1), f)
+    assert reason(x.repeat(1, 4, 1, 1), weight.repeat(2, 4, 1, 1), f) == "None"
+    assert "at most 64" in reason(x.repeat(1, 4, 1, 1), weight.repeat(4, 4, 1, 1), f)
+    assert "at most 128" in reason(x.repeat(1, 5, 1, 1), weight.repeat(1, 5, 1, 1), f)
+
+
+# ---- the second pass of two: filter, noise, bias, activation, clamp ------------------------------------------------
+
+
+@pytest.fixture
+def finish() -> Any:
+    return pytest.importorskip("clone_fast.cuda._finish", reason="needs clone_fast._C")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 8, 7, 9), (1, 24, 3, 5), (2, 5, 11, 4), (1, 512, 9, 9), (3, 136, 21, 30)])
+@pytest.mark.parametrize("form", ["map", "each", "none"])
+def test_finish(finish: Any, form: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    n, c, h, w = shape
+    padding = [2, 1, 1, 1]
+    size = (h - 1, w)
+    z, bias = as_layout(fresh(*shape, dtype=dtype), layout), fresh(c, dtype=dtype) if form != "none" else None
+    noise = {"map": fresh(*size, dtype=dtype), "each": fresh(n, 1, *size, dtype=dtype), "none": None}[form]
+    strength = fresh(dtype=dtype) if form == "each" else None
+    act, clamp = {"map": ("relu", None), "each": ("lrelu", 2.0), "none": ("linear", None)}[form]
+    for f in (smooth(), fresh(4, 4, scale=0.3), fresh(4, scale=0.5), fresh(4, 4, scale=0.0)):
+        arguments = (z, f, padding, 4.0, noise, strength, bias, act, 1.3, clamp)
+        assert finish.supports_finish(*arguments) is None
+        got = finish.launch_finish(*arguments)
+        want, plain, unclamped = (
+            spec_finish(*(t.to(kind) if isinstance(t, Tensor) and t is not f else t for t in values))
+            for kind, values in [
+                (torch.float64, arguments),
+                (dtype, arguments),
+                (torch.float64, (*arguments[:-1], None)),
+            ]
+        )
+        assert got.dtype == dtype
+        assert got.stride() == z.new_empty(want.shape).to(memory_format=layout_of(z)).stride()
+        assert_close(got, want, plain, unclamped.abs().max() if dtype == torch.float32 else None)
+
+
+def test_finish_keeps_nan(finish: Any) -> None:
+    z = as_layout(fresh(1, 8, 9, 9, dtype=torch.bfloat16), "channels_last")
+    z[0, 3, 4, 4] = float("nan")
+    y = finish.launch_finish(z, smooth(), [1, 1, 1, 1], 4.0, None, None, None, "lrelu", 1.0, 0.5)
+    assert y.isnan().sum() == 16

@@ -352,3 +352,19 @@ def test_explain_refuses_what_the_op_refuses() -> None:
         explain("conv2d", X)
     with pytest.raises(TypeError, match=r"^upfirdn2d: f must be a tensor"):
         explain("upfirdn2d", X, None)
+
+
+def test_an_op_that_a_leaf_refuses_and_composes_runs_on_its_backend(
+    cuda_x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuses = {"supports": lambda *args: "no", "launch": lambda x, *args: x}
+    found: dict[str, Leaf | str] = {"cuda": made(**refuses, composes=lambda *args: None), "triton": made(**refuses)}
+    monkeypatch.setattr(dispatch, "leaf", lambda op, name: found[name])
+    assert resolve("modulated_conv2d", "auto", cuda_x) == "cuda"
+    assert resolve("modulated_conv2d", "cuda", cuda_x) == "cuda"
+    assert not dispatch.is_whole("modulated_conv2d", "cuda", cuda_x)
+    with pytest.raises(BackendError, match="no"):
+        resolve("modulated_conv2d", "triton", cuda_x)
+    found["triton"] = "not installed"  # whose steps were part of it
+    with pytest.raises(BackendError, match="no"):
+        resolve("modulated_conv2d", "cuda", cuda_x)

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from ahead_of_time import compiled_launches, meta
 from grids import as_layout
 from interpreted import INTERPRETS, interpreted_leaf, needs_interpreter
+from spec_leaf import conv_finish as spec_conv_finish
+from spec_leaf import finish as spec_finish
 from torch import Tensor
 
 from clone_fast.reference.bias_act import bias_act
@@ -293,3 +295,48 @@ def test_compiles_for_sm_90() -> None:
     for kernel in kernels:
         assert kernel.spilled == 0, kernel
         assert kernel.shared <= 227 * 1024, kernel
+
+
+@pytest.mark.parametrize("device", WHERE)
+@pytest.mark.parametrize("kind", ["outer product", "any", "one-dimensional", "zero", "other size"])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_finish(device: str, kind: str, layout: str) -> None:
+    """The second pass of an upsampling convolution, a step of its own."""
+    f = {
+        "outer product": torch.tensor([1.0, 3, 3, 1]).outer(torch.tensor([1.0, 2, 4, 1])) / 64,
+        "any": torch.randn(4, 4) / 4,
+        "one-dimensional": torch.randn(4) / 2,
+        "zero": torch.zeros(4, 4),
+        "other size": torch.randn(3, 5) / 4,
+    }[kind].to(device)
+    module = leaf(device)
+    for dtype, (n, c, h, w), clamp in [(torch.float16, (2, 8, 7, 9), 1.0), (torch.float32, (1, 5, 6, 4), None)]:
+        z, padding = random(device, dtype, n, c, h, w, layout=layout), [2, 1, 1, 1]
+        size = (h + 3 - f.shape[0], w + 4 - f.shape[-1])
+        noise, strength, bias = (random(device, dtype, *shape) for shape in ([n, 1, *size], [1], [c]))
+        arguments = (z, f, padding, 4.0, noise, strength[0], bias, "lrelu", 1.4, clamp)
+        assert module.supports_finish(*arguments) is None
+        got = module.launch_finish(*arguments)
+        want, plain = (
+            spec_finish(*(t.to(kind) if isinstance(t, Tensor) and t is not f else t for t in arguments))
+            for kind in (torch.float64, dtype)
+        )
+        assert_by_rule(got, want, plain)
+        assert same_layout(got, z)
+
+
+@pytest.mark.parametrize("device", WHERE)
+def test_convolution_with_what_follows(device: str) -> None:
+    """The second pass of a downsampling convolution."""
+    module, dtype = leaf(device), torch.float16
+    x, weight = random(device, dtype, 2, 16, 9, 7, layout="channels_last"), random(device, dtype, 8, 16, 3, 3)
+    noise, strength, bias = (random(device, dtype, *shape) for shape in ([4, 3], [1], [8]))
+    arguments = (x, weight, 2, 0, noise, strength[0], bias, "relu", 1.4, 9.0)
+    assert module.supports_conv_finish(*arguments) is None
+    got = module.launch_conv_finish(*arguments)
+    want, plain = (
+        spec_conv_finish(*(t.to(kind) if isinstance(t, Tensor) else t for t in arguments))
+        for kind in (torch.float64, dtype)
+    )
+    assert_by_rule(got, want, plain)
+    assert same_layout(got, x)

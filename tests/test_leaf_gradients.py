@@ -30,6 +30,12 @@ def _spec_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leaf that fuses no resampling."""
+    monkeypatch.setattr(dispatch, "leaf", lambda op, name: Leaf(steps(op, whole=False)))
+
+
+@pytest.fixture
 def on_leaf(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public functions take a leaf, though there is no GPU."""
     for op in dispatch.OPS:
@@ -178,6 +184,24 @@ def test_modulated_conv2d(up: int, down: int, k: int, kind: str) -> None:
     assert gradcheck(run, tuple(args.values()))
     reference = function(list(args), **options, backend="reference")
     torch.testing.assert_close(run(*args.values()), reference(*args.values()))
+
+
+@pytest.mark.usefixtures("in_steps", "on_leaf")
+@pytest.mark.parametrize(("up", "down"), RESAMPLING)
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("taps", [[1, 2, 4, 1, 3], [1, 3, 3, 1], None])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_modulated_conv2d_in_steps(up: int, down: int, k: int, taps: list[float] | None, layout: Any) -> None:
+    """Where no kernel fuses the resampling."""
+    args = tensors(up, down, k)
+    args["x"] = args["x"].detach().contiguous(memory_format=layout).requires_grad_()
+    f = setup_filter(taps).double() if taps else setup_filter(None).double()
+    run = function(list(args), up=up, down=down, resample_filter=f, act="lrelu", clamp=2.0)
+    reference = function(list(args), up=up, down=down, resample_filter=f, act="lrelu", clamp=2.0, backend="reference")
+    got, want = run(*args.values()), reference(*args.values())
+    torch.testing.assert_close(got, want)
+    assert got.stride() == want.stride()
+    assert gradcheck(run, tuple(args.values()), fast_mode=True)
 
 
 @pytest.mark.usefixtures("on_leaf")

@@ -14,7 +14,8 @@ from clone_fast.kernels._dense import SLOPES
 
 COMPUTE_CAPABILITY = (9, 0)  # the only one; its instructions are in no other
 CHANNELS = 16  # their numbers are multiples of it
-IN_CHANNELS = 64  # at most: with more, the convolution and the filter in two kernels are faster
+IN_CHANNELS = 128  # at most
+FEW = 64  # with more of both channels, the convolution and the filter in two kernels are faster
 
 
 def supports(
@@ -54,6 +55,8 @@ def _weight_reason(weight: Tensor) -> str | None:
         return f"channels must be multiples of {CHANNELS}, got {out_channels} and {in_channels}"
     if in_channels > IN_CHANNELS:
         return f"at most {IN_CHANNELS} input channels, not {in_channels}"
+    if min(out_channels, in_channels) > FEW:
+        return f"at most {FEW} input or output channels, not {in_channels} and {out_channels}"
     return None
 
 

@@ -1,7 +1,7 @@
 """modulated_conv2d in CUDA C++: the 3x3 convolution of at most 64 channels, everything fused, and its weight gradient.
 
 The steps are those of `clone_fast.kernels.modulated_conv2d`; what is missing here, or is refused with a reason, runs
-there. Resampling by 2 lies in `_resampled_conv.py`.
+there. Resampling by 2 lies in `_resampled_conv.py`, the filter behind it in `_finish.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,20 @@ from torch import Tensor
 
 from clone_fast import _C
 from clone_fast.cuda import DTYPES, dtype_reason, pointer, stream
+from clone_fast.cuda._finish import composes, launch_finish, supports_finish
 from clone_fast.kernels._dense import SLOPES, layout_of
+
+__all__ = [
+    "composes",
+    "launch",
+    "launch_conv",
+    "launch_finish",
+    "launch_wgrad",
+    "supports",
+    "supports_conv",
+    "supports_finish",
+    "supports_wgrad",
+]
 
 CHANNELS = 64  # at most
 

@@ -7,6 +7,8 @@ A leaf is a module found by name, `clone_fast.kernels.<op>` for triton and `clon
 with the extension `clone_fast._C` below it. It offers `supports(*args) -> str | None` (the reason why not) and
 `launch(*args)` with the arguments of the op's schema without the backend. What a gradient needs goes by the names
 `supports_<step>` and `launch_<step>`, the former optional; a step that a leaf lacks is done by the next that has it.
+A leaf may offer `composes(*args) -> str | None` too: None where the op, though the leaf refuses it, shall run on its
+backend, composed of steps.
 """
 
 from __future__ import annotations
@@ -50,6 +52,11 @@ class Leaf:
         supports = getattr(self.functions, f"supports_{step}" if step else "supports", None)
         reason: str | None = supports(*args) if supports is not None else None
         return reason
+
+    def composes(self, args: tuple[Any, ...]) -> bool:
+        """Whether the op, where this leaf refuses to launch it, is best composed of steps, some of them its own."""
+        composes = getattr(self.functions, "composes", None)
+        return composes is not None and composes(*args) is None
 
     def describe(self, args: tuple[Any, ...]) -> str | None:
         """What the leaf says of how it would run the op, where it has more than one way."""
@@ -138,7 +145,9 @@ def _why_not(op: str, name: str, x: Tensor, args: tuple[Any, ...]) -> str | None
         return found
     if not x.is_cuda:
         return f"{name} runs on CUDA tensors, x is on {x.device}"
-    return found.why_not("", (x, *args))
+    reason = found.why_not("", (x, *args))
+    # other leaves' steps are part of it
+    return None if reason and len(_candidates(op)) > 1 and found.composes((x, *args)) else reason
 
 
 def resolve(op: str, requested: str, x: Tensor, *args: Any) -> str:
@@ -210,6 +219,12 @@ def launch_step(op: str, step: str, backend: str, *args: Any) -> Any:
             return found.launch(step, *args)
         reasons.append(f"{name}: {reason}")
     raise BackendError(f"{op}: no backend runs its step {step!r} ({'; '.join(reasons)})")
+
+
+def is_whole(op: str, backend: str, *args: Any) -> bool:
+    """Whether the leaf of this backend launches the op in one; otherwise it is composed of steps."""
+    found = leaf(op, backend)
+    return not isinstance(found, str) and found.why_not("", args) is None
 
 
 def _report_fallback(message: str) -> None:

@@ -23,7 +23,7 @@ from clone_fast.ops.checks import (
     describe,
 )
 from clone_fast.ops.convolution_gradients import convolution_gradients
-from clone_fast.ops.dispatch import launch_step, resolve, step_backend
+from clone_fast.ops.dispatch import is_whole, launch_step, resolve, step_backend
 from clone_fast.ops.registration import (
     Recorded,
     as_result,
@@ -78,8 +78,39 @@ def _reference(
 def _run(backend: str, x: Tensor, *args: Any) -> Tensor:
     if backend == "reference":
         return as_result(_reference(x, *args), x)
+    up, down = args[5:7]
+    if (up, down) != (1, 1) and not is_whole("modulated_conv2d", backend, x, *args):
+        return as_result(_composed(backend, x, *args), x)
     y: Tensor = launch_step("modulated_conv2d", "", backend, x, *args)
     return y
+
+
+def _composed(
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    resample_filter: Tensor | None,
+    up: int,
+    down: int,
+    *activation: Any,
+) -> Tensor:
+    """The resampling convolution in two launches, each on the best leaf: the filter finishes it, or goes before it."""
+
+    def step(name: str, *args: Any) -> Tensor:
+        y: Tensor = launch_step("modulated_conv2d", name, backend, *args)
+        return y
+
+    k, epilogue = weight.shape[-1], (noise, noise_strength, bias, *activation)
+    f = torch.ones([1, 1], device=x.device) if resample_filter is None else resample_filter
+    if up == 2:
+        z = step("conv", x, weight, 2, 0, True)
+        return step("finish", z, f, spec.upsampling_padding(f, k), 4.0, *epilogue)
+    inside = [2, 2] if k == 1 else [1, 1]  # a 1x1 kernel decimates inside the FIR
+    z = launch_step("upfirdn2d", "", backend, x, f, [1, 1], inside, spec.downsampling_padding(f, k), False, 1.0)
+    return step("conv_finish", z, weight, 1 if k == 1 else 2, 0, *epilogue)
 
 
 def _fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
