@@ -17,20 +17,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clone_fast.kernels import _wgrad_tuning as tuning
 from clone_fast.kernels._device import capability
+from clone_fast.kernels._tf32 import in_tf32
 
 # One compiled kernel for all of these: nothing is faster for knowing that one of them is 1, or divisible by 16.
 SIZES = ["height", "width", "samples"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@triton.jit
-def _in_tf32(x, ROUND: tl.constexpr):
-    """Rounded to nearest, so that the tensor cores, which cut all but ten bits of the mantissa off, cut zeros off."""
-    if ROUND:
-        more = tl.where(x == x, 0x1000, 0)  # the carry would turn some NaN into zero
-        return ((x.to(tl.int32, bitcast=True) + more) & -0x2000).to(tl.float32, bitcast=True)
-    else:
-        return x
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -95,18 +86,18 @@ def _wgrad_tiles(
             rows = ()
             for i in tl.static_range(TX):
                 seen = a_even.load([n, y + dy - PAD, x + dx + i - PAD, a0])
-                rows += (_in_tf32(seen.reshape(BH * BW, BA), ROUND),)  # type: ignore[assignment]
+                rows += (in_tf32(seen.reshape(BH * BW, BA), ROUND),)  # type: ignore[assignment]
             for j in tl.static_range(TY):
                 if FLAT:
                     above = b.load([n, 0, (y - j) * width, b0])
                 else:
                     above = b.load([n, y - j, x, b0])
-                above = tl.trans(_in_tf32(above.reshape(BH * BW, BB), ROUND))
+                above = tl.trans(in_tf32(above.reshape(BH * BW, BB), ROUND))
                 for i in tl.static_range(TX):
                     product = tl.dot(above, rows[i], sums[j * TX + i], input_precision="tf32")
                     added += (product,)  # type: ignore[assignment]
         else:
-            here = tl.trans(_in_tf32(b.load([n, y, x, b0]).reshape(BH * BW, BB), ROUND))
+            here = tl.trans(in_tf32(b.load([n, y, x, b0]).reshape(BH * BW, BB), ROUND))
             for j in tl.static_range(TY):
                 for i in tl.static_range(TX):
                     row = 2 * y + dy + j - PAD
@@ -114,7 +105,7 @@ def _wgrad_tiles(
                         seen = a_even.load([n, row, x + (i - PAD) // 2, a0])
                     else:
                         seen = a_odd.load([n, row, x + (i - PAD) // 2, a0])
-                    seen = _in_tf32(seen.reshape(BH * BW, BA), ROUND)
+                    seen = in_tf32(seen.reshape(BH * BW, BA), ROUND)
                     product = tl.dot(here, seen, sums[j * TX + i], input_precision="tf32")
                     added += (product,)  # type: ignore[assignment]
         sums = added
@@ -165,8 +156,7 @@ def _wgrad_pointers(
 ):
     """Any strides, any number of channels, one tap in a program. Programs (block, split, sample).
 
-    EXACT: full float32, and what a sum loses to rounding is added to the next step's (Kahan), as a plain chain over all
-    pixels would lose more than PyTorch does.
+    EXACT: full float32, and what a sum loses to rounding goes into the next step (Kahan): PyTorch loses little, too.
     """
     blocks_a = tl.cdiv(channels_a, BA)
     blocks_b = tl.cdiv(channels_b, BB)
@@ -197,8 +187,8 @@ def _wgrad_pointers(
             lost = part - (more - sums)
             sums = more
         else:
-            here = tl.trans(_in_tf32(here, ROUND))
-            sums = tl.dot(here, _in_tf32(there, ROUND), sums, input_precision="tf32")
+            here = tl.trans(in_tf32(here, ROUND))
+            sums = tl.dot(here, in_tf32(there, ROUND), sums, input_precision="tf32")
     cb = tl.trans(cb)
     out += split * out_split + tl.program_id(2) * out_n + tap * out_tap + cb * out_b + ca * out_a
     tl.store(out, sums.to(out.dtype.element_ty), mask=(cb < channels_b) & (ca < channels_a))
@@ -284,10 +274,8 @@ def launch_wgrad(
 
 
 def _torch_wgrad(a: Tensor, b: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    mask = [False, True, False]
-    pair, pads = [stride, stride], [padding, padding]
-    found = torch.ops.aten.convolution_backward(b, a, weight, None, pair, pads, [1, 1], False, [0, 0], 1, mask)
-    return found[1]
+    options = ([stride, stride], [padding, padding], [1, 1], False, [0, 0], 1, [False, True, False])
+    return torch.ops.aten.convolution_backward(b, a, weight, None, *options)[1]
 
 
 def _partial_sums(
