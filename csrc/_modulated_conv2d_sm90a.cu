@@ -1,5 +1,6 @@
 // The 3x3 convolution of few channels on wgmma (compute capability 9.0): the same tile, the same registers, but four
-// warps share one instruction, which takes the weights straight from shared memory.
+// warps share one instruction, which takes the weights straight from shared memory. More than 32 channels on both sides
+// have a kernel of their own, _modulated_conv2d_held_sm90a.cu.
 #include "_modulated_conv2d_tile.cuh"
 
 namespace clone_fast {
@@ -86,7 +87,7 @@ struct GroupEngine {
 }  // namespace conv3x3
 
 void modulated_conv2d_3x3_sm90a(const Conv3x3& op, cudaStream_t stream) {
-    conv3x3::dispatch<conv3x3::GroupEngine>(op, stream);
+    conv3x3::dispatch<conv3x3::GroupEngine, false>(op, stream);
 }
 
 }  // namespace clone_fast

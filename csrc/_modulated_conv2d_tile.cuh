@@ -294,8 +294,8 @@ void launch(const Conv3x3& op, cudaStream_t stream) {
     check_launch("modulated_conv2d");
 }
 
-// Channels up to 32 and up to 64; what is missing to them is zeros in shared memory.
-template <template <typename, int, int> class Engine>
+// Channels up to 32 and up to 64; what is missing to them is zeros in shared memory. kWidest: also 64 to 64.
+template <template <typename, int, int> class Engine, bool kWidest>
 void dispatch(const Conv3x3& op, cudaStream_t stream) {
     if (op.in_channels > 64 || op.out_channels > 64) fail("modulated_conv2d", "more than 64 channels");
     if (op.dtype == Dtype::float32) fail("modulated_conv2d", "float32");
@@ -303,7 +303,8 @@ void dispatch(const Conv3x3& op, cudaStream_t stream) {
         using T = std::conditional_t<decltype(is_half)::value, Half, Bfloat>;
         with_flag(op.in_channels > 32, [&](auto wide_in) {
             with_flag(op.out_channels > 32, [&](auto wide_out) {
-                launch<T, decltype(wide_in)::value ? 64 : 32, decltype(wide_out)::value ? 64 : 32, Engine>(op, stream);
+                constexpr int kIn = decltype(wide_in)::value ? 64 : 32, kOut = decltype(wide_out)::value ? 64 : 32;
+                if constexpr (kWidest || kIn + kOut < 128) launch<T, kIn, kOut, Engine>(op, stream);
             });
         });
     });

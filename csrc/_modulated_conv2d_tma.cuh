@@ -40,11 +40,12 @@ __device__ __forceinline__ void load_box(std::uint32_t to, const CUtensorMap& ma
                  : "memory");
 }
 
-// What a copy is told of images [N, H, W, C]: boxes of `box_channels` (64 or 32) x `columns` x `rows`, zeros outside
-// the image. The channels of a pixel lie together, their units of 16 bytes permuted by the address.
-template <typename T>
-CUtensorMap image_map(const void* x, int n, int height, int width, int channels, int box_channels, int rows,
-                      int columns) {
+// What a copy is told of a tensor, all in elements, the innermost dimension first (its stride is 1): boxes of so many,
+// zeros outside the tensor. 64 or 32 elements of the innermost dimension lie together in shared memory, their units of
+// 16 bytes permuted by the address.
+template <typename T, int kRank>
+CUtensorMap tensor_map(const void* data, const int (&sizes)[kRank], const std::int64_t (&strides)[kRank - 1],
+                       const int (&box)[kRank]) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
     static const Encode encode = [] {
         void* found = nullptr;
@@ -59,20 +60,31 @@ CUtensorMap image_map(const void* x, int n, int height, int width, int channels,
         if (found == nullptr) fail("modulated_conv2d", "the driver has no tensor maps");
         return reinterpret_cast<Encode>(found);
     }();
-    const auto wide = [](int value) { return static_cast<cuuint64_t>(value); };
-    const auto word = [](int value) { return static_cast<cuuint32_t>(value); };
-    const cuuint64_t pixel = 2 * wide(channels), line = pixel * wide(width), image = line * wide(height);
-    const cuuint64_t sizes[4] = {wide(channels), wide(width), wide(height), wide(n)};
-    const cuuint64_t strides[3] = {pixel, line, image};
-    const cuuint32_t box[4] = {word(box_channels), word(columns), word(rows), 1}, ones[4] = {1, 1, 1, 1};
+    cuuint64_t counts[kRank], bytes[kRank - 1];
+    cuuint32_t boxes[kRank], ones[kRank];
+    for (int i = 0; i < kRank; ++i) {
+        counts[i] = static_cast<cuuint64_t>(sizes[i]);
+        boxes[i] = static_cast<cuuint32_t>(box[i]);
+        ones[i] = 1;
+        if (i > 0) bytes[i - 1] = static_cast<cuuint64_t>(strides[i - 1]) * sizeof(T);
+    }
     const auto type = std::is_same_v<T, Half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     CUtensorMap map;
     const CUresult result =
-        encode(&map, type, 4, const_cast<void*>(x), sizes, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               box_channels == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+        encode(&map, type, kRank, const_cast<void*>(data), counts, bytes, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) fail("modulated_conv2d", "no tensor map, error " + std::to_string(result));
     return map;
+}
+
+// Images [N, H, W, C], dense.
+template <typename T>
+CUtensorMap image_map(const void* x, int n, int height, int width, int channels, int box_channels, int rows,
+                      int columns) {
+    const int sizes[4] = {channels, width, height, n}, box[4] = {box_channels, columns, rows, 1};
+    const std::int64_t line = static_cast<std::int64_t>(width) * channels, strides[3] = {channels, line, line * height};
+    return tensor_map<T, 4>(x, sizes, strides, box);
 }
 
 }  // namespace clone_fast::conv3x3

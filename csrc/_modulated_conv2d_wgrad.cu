@@ -2,8 +2,8 @@
 //
 //     r[cb, ca, dy, dx] = sum over pixels p of b[cb, p] * a[ca, p + (dy, dx) - 1]
 //
-// a matrix product whose long dimension is the pixels, on mma.sync (_modulated_conv2d_wgrad_sm90a.cu has it on wgmma for
-// as many channels of a as of b). Blocks walk down strips of the image as in
+// a matrix product whose long dimension is the pixels, on mma.sync (_modulated_conv2d_wgrad_sm90a.cu has it on wgmma
+// where both sides have up to 32 channels or both have more). Blocks walk down strips of the image as in
 // _modulated_conv2d_tile.cuh, a with its halo and b in shared memory, each read from device memory once. A warp holds
 // the nine taps of 32 x 16 channels in registers from the first pixel of its walk to the last: for 64 x 64 channels the
 // eight warps of a block share the channels, for fewer also the columns of a strip. Blocks leave partial sums, which a
@@ -26,13 +26,6 @@ struct Walk {
     static constexpr int kBytes = kTileBytes > kAddBytes ? kTileBytes : kAddBytes;
     static_assert(kGroupCols % 16 == 0);
 };
-
-__device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&to)[4], std::uint32_t from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(from)
-                 : "memory");
-}
 
 using WarpSums = float[3][3][2][2][4];  // dy, dx, 16 channels of b, 8 channels of a, and what a lane holds of a matrix
 
@@ -178,26 +171,36 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_wgrad_kernel(const __grid
     });
 }
 
-// y[r, i] = sum over p of partial[r, p, i], 4 numbers a thread, eight threads to the partials of one place.
+// y[r, i] = sum over p of partial[r, p, i], 4 numbers a thread. It is short and all waiting: sixteen threads share the
+// partials of a place, so that on 132 multiprocessors each has all of its loads on their way at once.
+constexpr int kAddShare = 16, kAddPlaces = kThreads / kAddShare, kAddBatch = 9;
+
 __global__ void __launch_bounds__(kThreads)
     add_partials_kernel(const float4* partial, float4* y, int partials, int size) {
-    constexpr int kShare = 8, kPlaces = kThreads / kShare;
-    __shared__ float4 shared[kShare][kPlaces];
-    const int place = threadIdx.x % kPlaces, share = threadIdx.x / kPlaces, i = blockIdx.x * kPlaces + place;
+    __shared__ float4 shared[kAddShare][kAddPlaces];
+    const int place = threadIdx.x % kAddPlaces, share = threadIdx.x / kAddPlaces, i = blockIdx.x * kAddPlaces + place;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     const auto add = [&](float4 other) {
         sum = make_float4(sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w);
     };
-    if (i < size) {
-        const float4* from = partial + static_cast<std::int64_t>(blockIdx.y) * partials * size + i;
-#pragma unroll 4
-        for (int p = share; p < partials; p += kShare) add(from[static_cast<std::int64_t>(p) * size]);
+    const float4* from = partial + static_cast<std::int64_t>(blockIdx.y) * partials * size + min(i, size - 1);
+    for (int p = share; p < partials; p += kAddShare * kAddBatch) {
+        float4 batch[kAddBatch];
+#pragma unroll
+        for (int j = 0; j < kAddBatch; ++j) {  // beyond the end it reads the last: a load without a condition overlaps
+            const int here = min(p + j * kAddShare, partials - 1);
+            batch[j] = from[static_cast<std::int64_t>(here) * size];
+        }
+#pragma unroll
+        for (int j = 0; j < kAddBatch; ++j) {
+            if (p + j * kAddShare < partials) add(batch[j]);
+        }
     }
     shared[share][place] = sum;
     __syncthreads();
     if (share > 0 || i >= size) return;
 #pragma unroll
-    for (int other = 1; other < kShare; ++other) add(shared[other][place]);
+    for (int other = 1; other < kAddShare; ++other) add(shared[other][place]);
     y[static_cast<std::int64_t>(blockIdx.y) * size + i] = sum;
 }
 
@@ -244,7 +247,7 @@ void modulated_conv2d_3x3_wgrad(const Conv3x3Wgrad& op, cudaStream_t stream) {
     }
     if (op.partials == 1) return;  // the result itself
     const int size = 9 * op.channels_a * op.channels_b / 4;
-    add_partials_kernel<<<dim3(ceil_div(size, kThreads / 8), op.results), kThreads, 0, stream>>>(
+    add_partials_kernel<<<dim3(ceil_div(size, kAddPlaces), op.results), kThreads, 0, stream>>>(
         reinterpret_cast<const float4*>(op.partial), reinterpret_cast<float4*>(op.y), op.partials, size);
     check_launch("modulated_conv2d");
 }

@@ -51,8 +51,13 @@ struct SyncEngine {
 }  // namespace conv3x3
 
 void modulated_conv2d_3x3(const Conv3x3& op, cudaStream_t stream) {
-    if (!op.portable && compute_capability("modulated_conv2d") == 90) return modulated_conv2d_3x3_sm90a(op, stream);
-    conv3x3::dispatch<conv3x3::SyncEngine>(op, stream);
+    if (op.portable || compute_capability("modulated_conv2d") != 90) {
+        conv3x3::dispatch<conv3x3::SyncEngine, true>(op, stream);
+    } else if (op.in_channels > 32 && op.out_channels > 32) {
+        modulated_conv2d_3x3_held(op, stream);
+    } else {
+        modulated_conv2d_3x3_sm90a(op, stream);
+    }
 }
 
 bool modulated_conv2d_3x3_fits(int device, int in_channels, int out_channels) {

@@ -21,7 +21,7 @@ struct Conv3x3 {
     const void* strength;  // its factor, one number; null: 1
     const void* bias;  // [O]; null: none
     std::int64_t wn, wo, wi, wy, wx, noise_stride;
-    bool weight_rows;  // the input channels of a tap lie side by side on 16 bytes and can be copied as they are
+    bool weight_rows;  // the input channels of a tap lie side by side, else the output channels; on 16 bytes
     bool noise_float, strength_float, bias_float;  // float32, or else x's dtype
     float positive, negative;  // gain, and gain times the slope below zero
     float clamp;  // infinity: none
@@ -30,14 +30,16 @@ struct Conv3x3 {
     int blocks;  // at most so many, which makes long walks of small images; 0: as many as run at once
 };
 
-// Throws above 64 channels.
+// Throws above 64 channels, and for dtypes other than the two of 16 bits.
 void modulated_conv2d_3x3(const Conv3x3& op, cudaStream_t stream);
 
 // Whether the device has the instructions and the shared memory for so many channels.
 bool modulated_conv2d_3x3_fits(int device, int in_channels, int out_channels);
 
-// The same on the tensor cores' asynchronous instructions; compute capability 9.0 only.
+// The same on the tensor cores' asynchronous instructions, compute capability 9.0 only: at most 32 channels on one side
+// at least, and above 32 on both.
 void modulated_conv2d_3x3_sm90a(const Conv3x3& op, cudaStream_t stream);
+void modulated_conv2d_3x3_held(const Conv3x3& op, cudaStream_t stream);
 
 // The weight gradient: y[r, dy, dx, cb, ca] = sum of b[n, p, cb] * a[n, p + (dy, dx) - 1, ca] over the pixels p of
 // the n / results samples of every result.

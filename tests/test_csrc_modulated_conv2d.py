@@ -27,6 +27,7 @@ SHAPES = [
     (1, 8, 40, 24, 5),
     (2, 32, 32, 13, 270),
     (3, 64, 40, 10, 260),
+    (2, 40, 56, 3, 1),
 ]
 
 
@@ -106,16 +107,19 @@ def test_options(leaf: Any, options: int) -> None:
     assert_close(got, spec(torch.float64), spec(torch.float16))
 
 
-@pytest.mark.parametrize("order", ["oi", "io", "plain"])
+@pytest.mark.parametrize("order", ["oi", "io", "odd", "plain"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_bare_convolution_and_its_adjoint(leaf: Any, transposed: bool, per_sample: bool, order: str) -> None:
-    """Weights with I innermost, with O innermost, and as PyTorch makes them."""
+    """Weights with I innermost, with O innermost, neither on 16 bytes, and as PyTorch makes them."""
     n, i, o = 2, 48, 64
     samples = n if per_sample else 1
-    places = {"oi": ((samples, 3, 3, o, i), (0, 3, 4, 1, 2)), "io": ((samples, 3, 3, i, o), (0, 4, 3, 1, 2))}
-    shape, view = places.get(order, ((samples, o, i, 3, 3), (0, 1, 2, 3, 4)))
-    weight = fresh(*shape, dtype=torch.bfloat16, scale=0.05).permute(view)
+    if order == "plain":
+        weight = fresh(samples, o, i, 3, 3, dtype=torch.bfloat16, scale=0.05)
+    else:
+        last = {"oi": (o, i), "odd": (o, i + 1), "io": (i, o)}[order]
+        weight = fresh(samples, 3, 3, *last, dtype=torch.bfloat16, scale=0.05).movedim((1, 2), (3, 4))
+        weight = weight.transpose(1, 2) if order == "io" else weight[:, :, -i:]
     weight = weight if per_sample else weight[0]
     x = as_layout(fresh(n, i, 19, 70, dtype=torch.bfloat16), "channels_last")
     assert leaf.supports_conv(x, weight, 1, 1, transposed) is None
@@ -151,14 +155,15 @@ def test_weight_gradient(
     assert_close(got, want, spec(dtype))
 
 
-def test_nan_and_infinity_stay(leaf: Any) -> None:
-    x = as_layout(fresh(1, 32, 16, 16, dtype=torch.bfloat16), "channels_last")
+@pytest.mark.parametrize("channels", [32, 64])
+def test_nan_and_infinity_stay(leaf: Any, channels: int) -> None:
+    x = as_layout(fresh(1, channels, 16, 16, dtype=torch.bfloat16), "channels_last")
     x[0, 3, 5, 6], x[0, 4, 12, 12] = float("nan"), float("inf")
-    weight = fresh(32, 32, 3, 3, dtype=torch.bfloat16).abs()
+    weight = fresh(channels, channels, 3, 3, dtype=torch.bfloat16).abs()
     got = leaf.launch(x, weight, None, None, None, None, 1, 1, "lrelu", 1.0, None)
     assert got[0, :, 4:7, 5:8].isnan().all()
     assert got[0, :, 11:14, 11:14].isposinf().all()
-    assert got.isfinite().sum() == 32 * (256 - 18)
+    assert got.isfinite().sum() == channels * (256 - 18)
 
 
 def test_reasons(leaf: Any) -> None:

@@ -98,7 +98,7 @@ def supports_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transpos
 def launch_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
     """The bare convolution, or with `transposed` its adjoint; the weight is [.., O, I, 3, 3] with O of the result.
 
-    A weight of any strides is read where it lies as long as its O or I is the dimension with stride 1.
+    A weight is read where it lies as long as its O or I is the dimension with stride 1 and the rest is on 16 bytes.
     """
     return _conv3x3(x, weight, transposed, None, None, None, 1.0, 1.0, None)
 
@@ -181,8 +181,10 @@ def _in_layout_of(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _readable(weight: Tensor) -> Tensor:
-    """The weight itself where O or I is innermost in memory, else a copy in memory order [.., k, k, O, I]."""
-    if 1 in weight.stride()[-4:-2]:
+    """The weight itself where O or I is innermost and the rest on 16 bytes, else a copy in order [.., k, k, O, I]."""
+    strides = weight.stride()
+    aligned = weight.data_ptr() % 16 == 0 and all(stride == 1 or stride % 8 == 0 for stride in strides)
+    if aligned and 1 in strides[-4:-2] and 0 not in strides[-4:]:
         return weight
     return weight.movedim((-4, -3), (-2, -1)).contiguous().movedim((-2, -1), (-4, -3))
 
@@ -214,9 +216,8 @@ def _conv3x3(
     noise, noise_strength, bias = (_number(value, x) for value in (noise, noise_strength, bias))
     y = torch.empty([n, out_channels, height, width], dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     wo, wi, wy, wx = weight.stride()[-4:]
-    wn = weight.stride(0) if weight.ndim == 5 else 0
+    wn = weight.stride(0) if weight.ndim == 5 and len(weight) > 1 else 0
     first = weight.data_ptr()
-    as_rows = wi == 1 and first % 16 == 0 and all(stride % 8 == 0 for stride in (wn, wo, wy, wx))
     if transposed:  # the taps in reverse
         first += 2 * (wy + wx) * weight.element_size()
         wy, wx = -wy, -wx
@@ -235,7 +236,7 @@ def _conv3x3(
         bias=pointer(bias),
         weight_strides=(wn, wo, wi, wy, wx),
         noise_stride=height * width if noise is not None and noise.ndim == 4 and noise.shape[0] > 1 else 0,
-        weight_rows=as_rows,
+        weight_rows=wi == 1,
         floats=tuple(value is not None and value.dtype == torch.float32 for value in (noise, noise_strength, bias)),
         positive=gain,
         negative=gain * slope,
