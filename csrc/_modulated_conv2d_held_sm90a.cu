@@ -332,8 +332,8 @@ void launch_held(const Conv3x3& op, cudaStream_t stream) {
     const T* first = static_cast<const T*>(op.weight) + (maps.flip_y ? 2 * op.wy : 0) + (maps.flip_x ? 2 * op.wx : 0);
     const int sizes[5] = {maps.in_innermost ? op.in_channels : op.out_channels,
                           maps.in_innermost ? op.out_channels : op.in_channels, 3, 3, op.wn != 0 ? op.n : 1};
-    const std::int64_t strides[4] = {maps.in_innermost ? op.wo : op.wi, maps.flip_x ? -op.wx : op.wx,
-                                     maps.flip_y ? -op.wy : op.wy, op.wn != 0 ? op.wn : 8};
+    const std::int64_t wx = maps.flip_x ? -op.wx : op.wx, wy = maps.flip_y ? -op.wy : op.wy;
+    const std::int64_t strides[4] = {maps.in_innermost ? op.wo : op.wi, wx, wy, op.wn != 0 ? op.wn : 3 * wy};
     const int box[5] = {64, 64, 1, 1, 1};
     maps.weight = tensor_map<T, 5>(first, sizes, strides, box);
     kernel<<<static_cast<unsigned>(tiles < blocks ? tiles : blocks), kAllThreads, kBytes, stream>>>(op, maps);

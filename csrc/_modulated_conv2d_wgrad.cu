@@ -9,6 +9,7 @@
 // eight warps of a block share the channels, for fewer also the columns of a strip. Blocks leave partial sums, which a
 // second kernel adds in a fixed order.
 #include "_modulated_conv2d_load.cuh"
+#include "_modulated_conv2d_partials.cuh"
 
 namespace clone_fast {
 namespace conv3x3 {
@@ -171,39 +172,6 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_wgrad_kernel(const __grid
     });
 }
 
-// y[r, i] = sum over p of partial[r, p, i], 4 numbers a thread. It is short and all waiting: sixteen threads share the
-// partials of a place, so that on 132 multiprocessors each has all of its loads on their way at once.
-constexpr int kAddShare = 16, kAddPlaces = kThreads / kAddShare, kAddBatch = 9;
-
-__global__ void __launch_bounds__(kThreads)
-    add_partials_kernel(const float4* partial, float4* y, int partials, int size) {
-    __shared__ float4 shared[kAddShare][kAddPlaces];
-    const int place = threadIdx.x % kAddPlaces, share = threadIdx.x / kAddPlaces, i = blockIdx.x * kAddPlaces + place;
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    const auto add = [&](float4 other) {
-        sum = make_float4(sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w);
-    };
-    const float4* from = partial + static_cast<std::int64_t>(blockIdx.y) * partials * size + min(i, size - 1);
-    for (int p = share; p < partials; p += kAddShare * kAddBatch) {
-        float4 batch[kAddBatch];
-#pragma unroll
-        for (int j = 0; j < kAddBatch; ++j) {  // beyond the end it reads the last: a load without a condition overlaps
-            const int here = min(p + j * kAddShare, partials - 1);
-            batch[j] = from[static_cast<std::int64_t>(here) * size];
-        }
-#pragma unroll
-        for (int j = 0; j < kAddBatch; ++j) {
-            if (p + j * kAddShare < partials) add(batch[j]);
-        }
-    }
-    shared[share][place] = sum;
-    __syncthreads();
-    if (share > 0 || i >= size) return;
-#pragma unroll
-    for (int other = 1; other < kAddShare; ++other) add(shared[other][place]);
-    y[static_cast<std::int64_t>(blockIdx.y) * size + i] = sum;
-}
-
 template <typename T, int kA, int kB>
 void launch_wgrad(const Conv3x3Wgrad& op, cudaStream_t stream) {
     using W = Walk<kA, kB>;
@@ -211,6 +179,7 @@ void launch_wgrad(const Conv3x3Wgrad& op, cudaStream_t stream) {
     allow_shared_memory(kernel, W::kBytes, "modulated_conv2d");
     kernel<<<op.results * op.partials, kThreads, W::kBytes, stream>>>(op);
     check_launch("modulated_conv2d");
+    add_partials<PlainOrder>(op, stream);
 }
 
 }  // namespace conv3x3
@@ -219,6 +188,11 @@ bool modulated_conv2d_3x3_wgrad_fits(int device, int channels_a, int channels_b)
     using namespace conv3x3;
     const bool wide = channels_a > 32 || channels_b > 32;
     return device_fits(device, wide ? Walk<64, 64>::kBytes : Walk<32, 32>::kBytes);
+}
+
+int modulated_conv2d_3x3_wgrad_floats(int channels_a, int channels_b) {
+    const auto padded = [](int channels) { return channels > 32 ? 64 : 32; };
+    return 9 * padded(channels_a) * padded(channels_b);
 }
 
 int modulated_conv2d_3x3_wgrad_partials(int n, int height, int width, int results) {
@@ -234,22 +208,16 @@ void modulated_conv2d_3x3_wgrad(const Conv3x3Wgrad& op, cudaStream_t stream) {
     if (op.dtype == Dtype::float32) fail("modulated_conv2d", "float32");
     const bool alike = (op.channels_a > 32) == (op.channels_b > 32);
     if (alike && !op.portable && compute_capability("modulated_conv2d") == 90) {
-        modulated_conv2d_3x3_wgrad_sm90a(op, stream);
-    } else {
-        with_flag(op.dtype == Dtype::float16, [&](auto is_half) {
-            using T = std::conditional_t<decltype(is_half)::value, Half, Bfloat>;
-            with_flag(op.channels_a > 32, [&](auto wide_a) {
-                with_flag(op.channels_b > 32, [&](auto wide_b) {
-                    launch_wgrad<T, decltype(wide_a)::value ? 64 : 32, decltype(wide_b)::value ? 64 : 32>(op, stream);
-                });
+        return modulated_conv2d_3x3_wgrad_sm90a(op, stream);
+    }
+    with_flag(op.dtype == Dtype::float16, [&](auto is_half) {
+        using T = std::conditional_t<decltype(is_half)::value, Half, Bfloat>;
+        with_flag(op.channels_a > 32, [&](auto wide_a) {
+            with_flag(op.channels_b > 32, [&](auto wide_b) {
+                launch_wgrad<T, decltype(wide_a)::value ? 64 : 32, decltype(wide_b)::value ? 64 : 32>(op, stream);
             });
         });
-    }
-    if (op.partials == 1) return;  // the result itself
-    const int size = 9 * op.channels_a * op.channels_b / 4;
-    add_partials_kernel<<<dim3(ceil_div(size, kAddPlaces), op.results), kThreads, 0, stream>>>(
-        reinterpret_cast<const float4*>(op.partial), reinterpret_cast<float4*>(op.y), op.partials, size);
-    check_launch("modulated_conv2d");
+    });
 }
 
 }  // namespace clone_fast

@@ -1,12 +1,13 @@
 // The weight gradient of the 3x3 convolution of 64 or 32 channels on wgmma (compute capability 9.0): one warp copies
 // tiles of a and b, three groups of four warps hold the sums of one column tap each, from the first tile to the last.
-// See _modulated_conv2d_wgrad.cu for the partial sums.
+// See _modulated_conv2d_partials.cuh for what becomes of the partial sums.
 //
 // The long dimension of the product is the pixels: 16 neighbours of a row at a time. The left operand is b, 64 rows:
 // its 64 channels, or 32 channels of two image rows. The right one is a, shifted by a column tap: its channels of three
 // image rows, one for each row tap, or of four; the rows of an image are as far from each other in shared memory as
 // the hardware is told. What meets of 32 channels in rows too far apart is computed and left.
 #include "_modulated_conv2d_load.cuh"
+#include "_modulated_conv2d_partials.cuh"
 #include "_modulated_conv2d_tma.cuh"
 
 namespace clone_fast {
@@ -140,38 +141,34 @@ __global__ void __launch_bounds__(kAllThreads, 1)
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 
-    // A lane: rows lane / 4 and 8 more of the 16 of its warp, two columns of every 8.
-    float* to = op.partial + static_cast<std::int64_t>(blockIdx.x) * 9 * op.channels_b * op.channels_a;
-    const auto store = [&](int dy, int cb, int ca, float low, float high) {
-        if (cb >= op.channels_b || ca >= op.channels_a) return;
-        const int place = ((dy * 3 + dx) * op.channels_b + cb) * op.channels_a + ca;
-        *reinterpret_cast<float2*>(to + place) = make_float2(low, high);
-    };
-    const int quarter = warp % 4 * 16;  // the first row of the warp
+    using Order = HeldOrder<kChannels>;
+    float4* to = reinterpret_cast<float4*>(op.partial) + static_cast<std::int64_t>(blockIdx.x) * Order::kVectors;
+    const int thread = threadIdx.x % 128;
     if constexpr (P::kAcross == 1) {
 #pragma unroll
-        for (int i = 0; i < P::kN / 4; ++i) {
-            const int column = i / 2 * 8 + lane % 4 * 2, cb = quarter + lane / 4 + i % 2 * 8;
-            store(column / kChannels, cb, column % kChannels, sums[2 * i], sums[2 * i + 1]);
+        for (int i = 0; i < P::kN / 8; ++i) {
+            to[Order::vector(i, dx, thread)] =
+                make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
         }
     } else {  // rows of the second image row meet every row tap one later: they are added to those of the first
         asm volatile("bar.sync 1, %0;" ::"n"(kProductThreads) : "memory");  // all have multiplied
-        float2* shared = reinterpret_cast<float2*>(product_memory) + dx * 3 * (kChannels / 8) * 2 * 64;
-        const int lower = threadIdx.x % 64;
-        constexpr int kOf = kChannels / 4;  // pairs of an image row
-        if (quarter >= kChannels) {
+        constexpr int kOf = kChannels / 8;  // of four numbers, in an image row
+        float4* shared = reinterpret_cast<float4*>(product_memory) + dx * 3 * kOf * 64 + thread % 64;
+        if (thread >= 64) {
 #pragma unroll
-            for (int i = kOf; i < 4 * kOf; ++i) {
-                shared[(i - kOf) * 64 + lower] = make_float2(sums[2 * i], sums[2 * i + 1]);
+            for (int i = 0; i < 3 * kOf; ++i) {
+                const float* sum = sums + 4 * (i + kOf);
+                shared[i * 64] = make_float4(sum[0], sum[1], sum[2], sum[3]);
             }
         }
         asm volatile("bar.sync 1, %0;" ::"n"(kProductThreads) : "memory");
-        if (quarter >= kChannels) return;
+        if (thread >= 64) return;
 #pragma unroll
         for (int i = 0; i < 3 * kOf; ++i) {
-            const float2 other = shared[i * 64 + lower];
-            const int column = i / 2 * 8 + lane % 4 * 2, cb = quarter + lane / 4 + i % 2 * 8;
-            store(column / kChannels, cb, column % kChannels, sums[2 * i] + other.x, sums[2 * i + 1] + other.y);
+            const float* sum = sums + 4 * i;
+            const float4 other = shared[i * 64];
+            to[Order::vector(i, dx, thread)] =
+                make_float4(sum[0] + other.x, sum[1] + other.y, sum[2] + other.z, sum[3] + other.w);
         }
     }
 }
@@ -188,6 +185,7 @@ void launch_product(const Conv3x3Wgrad& op, cudaStream_t stream) {
     kernel<<<op.results * op.partials, kAllThreads, P::kBytes, stream>>>(
         op, map(op.a, op.channels_a, P::kTileRows + 2, P::kWide), map(op.b, op.channels_b, P::kTileRows, P::kTileCols));
     check_launch("modulated_conv2d");
+    add_partials<HeldOrder<kChannels>>(op, stream);
 }
 
 }  // namespace conv3x3

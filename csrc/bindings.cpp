@@ -129,6 +129,7 @@ PYBIND11_MODULE(_C, module) {
         "modulated_conv2d_3x3_wgrad",
         [](const Conv3x3Wgrad& op, Address stream) { modulated_conv2d_3x3_wgrad(op, stream_of(stream)); }, unlocked);
     module.def("modulated_conv2d_3x3_wgrad_fits", &modulated_conv2d_3x3_wgrad_fits);
+    module.def("modulated_conv2d_3x3_wgrad_floats", &modulated_conv2d_3x3_wgrad_floats);
     module.def("modulated_conv2d_3x3_wgrad_partials", &modulated_conv2d_3x3_wgrad_partials);
 
     // ---- modulated_conv2d, resampling by 2

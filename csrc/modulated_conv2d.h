@@ -49,7 +49,7 @@ struct Conv3x3Wgrad {
     int results, partials;
     const void* a;  // [N, H, W, A], dense
     const void* b;  // [N, H, W, B], dense
-    float* partial;  // [results, partials, 3, 3, B, A]; y itself where partials is 1
+    float* partial;  // [results, partials, modulated_conv2d_3x3_wgrad_floats]
     float* y;  // [results, 3, 3, B, A]
     bool portable;  // for tests: mma.sync, also where there is something better
 };
@@ -61,7 +61,10 @@ int modulated_conv2d_3x3_wgrad_partials(int n, int height, int width, int result
 
 void modulated_conv2d_3x3_wgrad(const Conv3x3Wgrad& op, cudaStream_t stream);
 
-// The partial sums on wgmma, compute capability 9.0 only; both sides up to 32 channels, or both above.
+// Of a partial sum, whose order is the kernel's own.
+int modulated_conv2d_3x3_wgrad_floats(int channels_a, int channels_b);
+
+// The same on wgmma, compute capability 9.0 only; both sides up to 32 channels, or both above.
 void modulated_conv2d_3x3_wgrad_sm90a(const Conv3x3Wgrad& op, cudaStream_t stream);
 
 }  // namespace clone_fast

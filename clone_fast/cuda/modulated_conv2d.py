@@ -127,9 +127,9 @@ def _wgrad3x3(a: Tensor, b: Tensor, per_sample: bool, partials: int, portable: b
     n, channels_a, height, width = a.shape
     channels_b, results = b.shape[1], n if per_sample else 1
     a, b = _channels_last(a), _channels_last(b.to(a.dtype))
-    shape = [results, partials, 3, 3, channels_b, channels_a]
-    partial = torch.empty(shape, dtype=torch.float32, device=a.device)
-    y = partial if partials == 1 else torch.empty([results, 1, *shape[2:]], dtype=torch.float32, device=a.device)
+    floats = _C.modulated_conv2d_3x3_wgrad_floats(channels_a, channels_b)
+    partial = torch.empty([results, partials, floats], dtype=torch.float32, device=a.device)
+    y = torch.empty([results, 3, 3, channels_b, channels_a], dtype=torch.float32, device=a.device)
     op = _C.Conv3x3Wgrad(
         dtype=DTYPES[a.dtype],
         n=n,
@@ -146,7 +146,7 @@ def _wgrad3x3(a: Tensor, b: Tensor, per_sample: bool, partials: int, portable: b
         portable=portable,
     )
     _C.modulated_conv2d_3x3_wgrad(op, stream(a))
-    y = y[:, 0].permute(0, 3, 4, 1, 2)
+    y = y.permute(0, 3, 4, 1, 2)
     return y if per_sample else y[0]
 
 
