@@ -229,17 +229,18 @@ def convolve(
     out_channels = y.shape[1]
     mode, k = geometry.mode, geometry.k
     rows, columns = geometry.tiled
-    w, transposed = taps_first(weight, x.element_size() == 2)
 
     def chosen(descriptors: bool) -> tuning.Config:
         shape = (mode, k, rows, columns, n, channels, out_channels, x.dtype, x.device)
         return tuning.choose(*shape, descriptors)
 
     config = config or chosen(True)
+    # The kernels with divided warps multiply float32 as TF32.
+    w, transposed = taps_first(weight, x.element_size() == 2, config.halves > 0 and x.dtype == torch.float32)
     image = weights = None
     # A tile of several rows would go through registers here, and was seen to come out wrong there.
     if config.halves or (config.bh == 1 and mode != DOWN and tuning.has_copy_engine(x.device)):
-        image = described_image(x, [config.bh, config.bw, config.bk], mode == DOWN)
+        image = described_image(x, [1 if config.halo else config.bh, config.bw, config.bk], mode == DOWN)
         weights = described_weight(w, [config.bn, config.bk], transposed)
     use = image is not None and weights is not None
     if config.halves and not use:
@@ -256,19 +257,37 @@ def convolve(
         "out_height": geometry.height,
         "out_width": geometry.width,
         "out_channels": out_channels,
-        "y_split": out.stride(0) if config.split > 1 else 0,
         **strides("y", target),
-        "MODE": mode,
-        "K": k,
         "PAD": geometry.pad,
         "FLIP": geometry.flip,
         "PER_SAMPLE": w.shape[0] > 1,
-        "TRANSPOSED_WEIGHT": transposed,
-        "BH": config.bh,
-        "BW": config.bw,
         "BN": config.bn,
         "BK": config.bk,
         **finish.arguments(y),
+    }
+    if config.halo and image:
+        from clone_fast.kernels._conv_halo import launch_halo
+
+        launch_halo(
+            image[0],
+            weights,
+            tuning.architecture(x.device)[1],
+            config.stages,
+            tiles=tiles[0] * tiles[1] * tiles[2] * n,
+            tiles_n=tiles[2],
+            tiles_x=tiles[1],
+            tiles_y=tiles[0],
+            steps=triton.cdiv(channels, config.bk),
+            **common,
+        )
+        return out
+    common |= {
+        "y_split": out.stride(0) if config.split > 1 else 0,
+        "MODE": mode,
+        "K": k,
+        "TRANSPOSED_WEIGHT": transposed,
+        "BH": config.bh,
+        "BW": config.bw,
     }
     if config.halves:
         from clone_fast.kernels._conv_hopper import launch_hopper

@@ -3,6 +3,9 @@
 A group of four warps owns a tile of pixels; HALVES such groups, one or two, share the weights. The copying warp runs
 ahead through a ring of STAGES buffers and on into the next tiles, so that neither copies nor the epilogue of one group
 stop the tensor cores. Programs stay on their multiprocessor and take tile after tile.
+
+float32 is multiplied as TF32: the weights come rounded, the pixels go through registers and are rounded there while the
+other group multiplies.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from clone_fast.kernels._fir_epilogue import activated, loaded
+from clone_fast.kernels._epilogue import activated, loaded
+from clone_fast.kernels._tf32 import hopper_tf32
 
-_activated, _loaded = gluon.jit(activated.fn), gluon.jit(loaded.fn)
+_activated, _loaded, _in_tf32 = gluon.jit(activated.fn), gluon.jit(loaded.fn), gluon.jit(hopper_tf32.fn)
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # renamed in Triton 3.7
 
 
@@ -172,6 +176,8 @@ def _multiply(
     BM: gl.constexpr = BH * BW
     ACC: gl.constexpr = accumulator_layout(BN, a.dtype.primitive_bitwidth)
     STORE: gl.constexpr = store_layout(BM, BN, y.dtype.element_ty.primitive_bitwidth)
+    IN_TF32: gl.constexpr = a.dtype.primitive_bitwidth == 32
+    FACTOR: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=1)
     done = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         n, o0, first, split, phase_y, phase_x, _, begin, end = _tile(
@@ -191,16 +197,24 @@ def _multiply(
             stage = done % STAGES
             mbarrier.wait(full.index(stage), done // STAGES & 1)
             pixels = a.index(HALVES * stage + HALF).reshape([BM, BK])
+            if IN_TF32:
+                pixels = _in_tf32(pixels.load(FACTOR))
             if TRANSPOSED_WEIGHT:
                 weights = b.index(stage).reshape([BK, BN])
             else:
                 weights = b.index(stage).reshape([BN, BK]).permute([1, 0])
             acc = warpgroup_mma(pixels, weights, acc, is_async=True)
-            acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
-            mbarrier.arrive(empty.index((done + STAGES - 1) % STAGES), count=1, pred=step > begin)
+            if IN_TF32:
+                # Before the product is there nothing else may use these registers; the other group multiplies on.
+                acc, pixels = warpgroup_mma_wait(num_outstanding=0, deps=(acc, pixels))
+                mbarrier.arrive(empty.index(stage), count=1)
+            else:
+                acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+                mbarrier.arrive(empty.index((done + STAGES - 1) % STAGES), count=1, pred=step > begin)
             done += 1
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        mbarrier.arrive(empty.index((done + STAGES - 1) % STAGES), count=1, pred=end > begin)
+        if not IN_TF32:
+            acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+            mbarrier.arrive(empty.index((done + STAGES - 1) % STAGES), count=1, pred=end > begin)
 
         noise_value = noise_value[:, None] if NOISE else noise_value
         bias_value = bias_value[None, :] if BIAS else bias_value

@@ -8,6 +8,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from clone_fast.kernels._tf32 import hopper_tf32
+
+
+def on_16_bytes(x: Tensor) -> bool:
+    """Whether the copy engine can read x [N, C, H, W]: channels innermost, everything else on 16 bytes."""
+    x_n, x_c, x_h, x_w = x.stride()
+    return x_c == 1 and x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in (x_n, x_h, x_w))
+
 
 def described_image(x: Tensor, block: list[int], pairs: bool) -> list[TensorDescriptor] | None:
     """x [N, C, H, W] for the copy engine as [N, H, W, C], or None where it cannot take it.
@@ -17,9 +25,8 @@ def described_image(x: Tensor, block: list[int], pairs: bool) -> list[TensorDesc
         pairs: tiles take every other row and column; then there is one descriptor for each parity of both.
     """
     n, channels, height, width = x.shape
-    x_n, x_c, x_h, x_w = x.stride()
-    size = x.element_size()
-    if x_c != 1 or x.data_ptr() % 16 or any(stride * size % 16 for stride in (x_n, x_h, x_w)):
+    x_n, _, x_h, x_w = x.stride()
+    if not on_16_bytes(x):
         return None
     step = 2 if pairs else 1
     if min(height, width) < step:
@@ -54,8 +61,9 @@ def described_weight(w: Tensor, block: list[int], transposed: bool) -> TensorDes
 
 @triton.jit
 def _pack_kernel(
-    w, packed, o_size, i_size, w_n, w_o, w_i, w_y, w_x, K: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr
-):
+    w, packed, o_size, i_size, w_n, w_o, w_i, w_y, w_x, K: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    IN_TF32: tl.constexpr,
+):  # fmt: skip
     """packed [N, k * k, O, I] contiguous from w [N, O, I, k, k]: one tap of one n, BO x BI channels."""
     i = tl.program_id(0) * BI + tl.arange(0, BI)[None, :]
     o = tl.program_id(1) * BO + tl.arange(0, BO)[:, None]
@@ -63,14 +71,16 @@ def _pack_kernel(
     tap = tl.program_id(2) % (K * K)
     mask = (i < i_size) & (o < o_size)
     value = tl.load(w + n * w_n + o * w_o + i * w_i + (tap // K * w_y + tap % K * w_x), mask=mask)
+    if IN_TF32:
+        value = hopper_tf32(value)
     tl.store(packed + ((n * K * K + tap) * o_size + o) * i_size + i, value, mask=mask)
 
 
-def taps_first(weight: Tensor, half: bool) -> tuple[Tensor, bool]:
+def taps_first(weight: Tensor, half: bool, rounded: bool = False) -> tuple[Tensor, bool]:
     """weight [O, I, k, k] or [N, O, I, k, k] as [N|1, k * k, O, I], and whether O is its innermost axis.
 
-    Nothing is copied where the memory has that order already. Half precision may be multiplied from either order,
-    float32 only with I innermost.
+    Nothing is copied where the memory has that order already and shall not be rounded, to TF32. Half precision may be
+    multiplied from either order, float32 only with I innermost.
     """
     w = weight if weight.ndim == 5 else weight[None]
     n, o, i, k, _ = w.shape
@@ -78,9 +88,9 @@ def taps_first(weight: Tensor, half: bool) -> tuple[Tensor, bool]:
     strides = (w.stride(0), w.stride(4) if k > 1 else o * i, w.stride(1), w.stride(2))
     aligned = all(stride * w.element_size() % 16 == 0 or stride == 1 for stride in strides)
     usable = ordered and aligned and (w.stride(2) == 1 or (half and w.stride(1) == 1))
-    if usable and (n == 1 or w.stride(0) == k * k * strides[1]):
+    if not rounded and usable and (n == 1 or w.stride(0) == k * k * strides[1]):
         return w.as_strided([n, k * k, o, i], strides), w.stride(2) != 1
     packed = torch.empty([n, k * k, o, i], dtype=w.dtype, device=w.device)
     grid = (triton.cdiv(i, 64), triton.cdiv(o, 32), n * k * k)
-    _pack_kernel[grid](w, packed, o, i, *w.stride(), K=k, BO=32, BI=64)
+    _pack_kernel[grid](w, packed, o, i, *w.stride(), K=k, BO=32, BI=64, IN_TF32=rounded)
     return packed, False

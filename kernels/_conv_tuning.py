@@ -26,12 +26,18 @@ class Config:
     stages: int
     split: int = 1
     halves: int = 0  # groups of four warps that multiply in the Hopper kernel, 0 for the general one
+    halo: bool = False  # the kernel that brings a row of pixels once for three taps; bh counts the rows of both groups
 
 
 def architecture(device: torch.device) -> tuple[int, int]:
     """Compute capability times ten and the number of multiprocessors; Triton's interpreter plays an sm_90."""
     major, minor = capability(device)
     return 10 * major + minor, multiprocessors(device)
+
+
+def divides_warps(device: torch.device) -> bool:
+    """Whether the kernels with divided warps run: on Hopper, not in Triton's interpreter."""
+    return GLUON and device.type != "cpu" and architecture(device)[0] == 90
 
 
 def has_copy_engine(device: torch.device) -> bool:
@@ -135,11 +141,15 @@ def choose(
     """
     arch, processors = architecture(device)
     size, like = (1 << (pixels.bit_length() - 1) for pixels in (rows, columns))
-    hopper_runs = descriptors and arch == 90 and device.type != "cpu" and GLUON
+    hopper_runs = descriptors and divides_warps(device)
     if hopper_runs and k == 3 and dtype.itemsize == 2 and size == like and in_channels >= 64:
         found = TABLE[arch].get((mode, size, out_channels, images > 1))
         if found:
             return found
+    if hopper_runs and dtype == torch.float32 and (mode, k) == (0, 3) and max(in_channels, out_channels) <= 64:
+        across = triton.cdiv(columns, 64)
+        if 64 * across <= 1.25 * columns and images * triton.cdiv(rows, 8) * across >= 0.9 * processors:
+            return Config(8, 64, power(out_channels, 32, 64), 32, 4, 2, halves=2, halo=True)
     taps = (k * k + 3) // 4 if mode == 2 else k * k
     images *= 4 if mode == 2 else 1
     shape = (rows, columns, images, taps, in_channels, out_channels, dtype.itemsize)

@@ -14,3 +14,9 @@ def in_tf32(x, ROUND: tl.constexpr):
         return ((x.to(tl.int32, bitcast=True) + more) & -0x2000).to(tl.float32, bitcast=True)
     else:
         return x
+
+
+@triton.jit
+def hopper_tf32(x):
+    """The nearest TF32 to x by one instruction, which only Hopper and later have; halves to even."""
+    return tl.inline_asm_elementwise("cvt.rn.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from clone_fast.kernels._act_backward import launch_act_backward, supports_act_backward
 from clone_fast.kernels._conv import Geometry, convolve
+from clone_fast.kernels._conv_memory import on_16_bytes
+from clone_fast.kernels._conv_tuning import divides_warps
 from clone_fast.kernels._dense import SLOPES, layout_of
 from clone_fast.kernels._epilogue import Epilogue
 from clone_fast.kernels._fir_epilogue import fir
@@ -41,12 +43,16 @@ BARE = Epilogue()
 
 
 def route(x: Tensor, weight: Tensor) -> str:
-    """What multiplies: "triton", or "cudnn" for float32.
+    """What multiplies: "triton", or "cudnn" for float32 unless Hopper's copy engine brings it as TF32.
 
-    Full float32 has no tensor cores. In TF32 those of Hopper cut the mantissas of both factors where cuDNN rounds them:
-    measured 2.8 times its error, of one sign, and no faster.
+    Full float32 has no tensor cores. In TF32 those of Hopper cut the mantissas of both factors, 2.8 times the error of
+    rounding them and of one sign: only the kernels with divided warps round them first.
     """
-    return "cudnn" if x.device.type == "cuda" and x.dtype == torch.float32 else "triton"
+    if x.device.type != "cuda" or x.dtype != torch.float32:
+        return "triton"
+    channels = x.shape[1]
+    describable = channels >= 16 and channels % 4 == 0 and min(x.shape[2:]) >= 2
+    return "triton" if torch.backends.cudnn.allow_tf32 and divides_warps(x.device) and describable else "cudnn"
 
 
 def describe(x: Tensor, weight: Tensor, *_: object) -> str:
@@ -136,12 +142,16 @@ def _empty(x: Tensor, channels: int, height: int, width: int, *, like_x: bool) -
 
 
 def _readable(x: Tensor) -> Tensor:
-    """x itself where its channels are innermost or few, else a copy in channels_last."""
+    """x itself where its channels are innermost or few, else a copy in channels_last.
+
+    In float32 the kernels that round read through the copy engine alone.
+    """
     spread = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     nested = x.stride(0) >= x.stride(2) >= x.stride(3) >= x.shape[1] and x.stride(1) == 1
-    if spread < 2**31 and (nested or x.shape[1] < 8):
+    few = x.shape[1] < 8
+    if spread < 2**31 and (nested or few) and (few or x.dtype != torch.float32 or on_16_bytes(x)):
         return x
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.clone(memory_format=torch.channels_last)
 
 
 def _library_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -236,6 +236,55 @@ def test_layers_of_stylegan2(resolution: int, channels: int, dtype: torch.dtype)
             assert_by_rule(got, want.double(), plain)
 
 
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    """float32 with ten bits of mantissa, to nearest even, in float64."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32).double()
+
+
+TF32_CONFIGS = [
+    {"bh": 1, "bw": 64, "bn": 32, "bk": 32, "warps": 4, "stages": 3, "split": 2, "halves": 1},
+    {"bh": 8, "bw": 16, "bn": 64, "bk": 32, "warps": 4, "stages": 3, "halves": 2},
+    {"bh": 8, "bw": 64, "bn": 32, "bk": 32, "warps": 4, "stages": 2, "halves": 2, "halo": True},
+    {"bh": 8, "bw": 64, "bn": 64, "bk": 32, "warps": 4, "stages": 2, "halves": 2, "halo": True},
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", TF32_CONFIGS, ids=str)
+def test_tf32_is_rounded_and_not_cut(config: dict[str, Any]) -> None:
+    """All but the exact product of the rounded factors is the sum in float32."""
+    convs, finish, tuning = (
+        importlib.import_module(f"clone_fast.kernels.{n}") for n in ("_conv", "_fir_epilogue", "_conv_tuning")
+    )
+    for stride, padding, transposed in CONVOLUTIONS[: 2 if config.get("halo") else 6]:
+        for n, i, o, height, width, per_sample in [(2, 48, 40, 19, 70, True), (1, 32, 96, 9, 64, False)]:
+            x = random("cuda", torch.float32, n, i, height, width, layout="channels_last")
+            weight = random("cuda", torch.float32, n, o, 9 * i, 1).reshape(n, o, i, 3, 3)
+            weight = weight if per_sample else weight[0]
+            geometry = convs.Geometry.of(x, 3, stride, padding, transposed)
+            y = torch.empty([n, o, geometry.height, geometry.width], device="cuda")
+            parts = convs.convolve(x, weight, geometry, y, config=tuning.Config(**config))
+            y = y if parts is y else finish.fir(parts, y)
+            want = conv(rounded_to_tf32(x), rounded_to_tf32(weight), stride, padding, transposed)
+            assert (y.double() - want).abs().max() <= 3e-5 * want.abs().max()
+
+
+@pytest.mark.gpu
+def test_tf32_of_views() -> None:
+    """What the copy engine cannot read is copied; what no kernel rounds goes to cuDNN."""
+    module = leaf("cuda")
+    wide = torch.randn(2, 33, 20, 24, device="cuda").contiguous(memory_format=torch.channels_last)
+    shifted = torch.randn(2 * 20 * 24 * 32 + 1, device="cuda")[1:].view(2, 20, 24, 32).permute(0, 3, 1, 2)
+    with tf32(True):
+        for x in wide[:, :32], shifted, wide[:, :32, ::2, 1:], wide[:, :6]:
+            weight = torch.randn(8, x.shape[1], 3, 3, device="cuda")
+            assert module.route(x, weight) == ("triton" if x.shape[1] == 32 else "cudnn")
+            want = conv(x.double(), weight.double(), 1, 1, False)
+            got = module.launch_conv(x, weight, 1, 1, False)
+            assert (got.double() - want).abs().max() <= 2**-10 * want.abs().max()
+
+
 @pytest.mark.gpu
 def test_capture_and_replay() -> None:
     module = leaf("cuda")
@@ -291,7 +340,8 @@ def test_table_fits_the_chip() -> None:
 @pytest.mark.slow
 def test_compiles_for_sm_90() -> None:
     kernels = compiled_launches(__file__, "every_launch")
-    assert {"_conv_kernel", "_conv_hopper_kernel", "_fir_kernel", "_pack_kernel"} <= {kernel.name for kernel in kernels}
+    wanted = {"_conv_kernel", "_conv_hopper_kernel", "_conv_halo_kernel", "_fir_kernel", "_pack_kernel"}
+    assert wanted <= {kernel.name for kernel in kernels}
     for kernel in kernels:
         assert kernel.spilled == 0, kernel
         assert kernel.shared <= 227 * 1024, kernel
