@@ -10,7 +10,7 @@
 // around a row serve its nine taps, whose columns are as many pixels further in the slot. The weights come through the
 // same ring, two taps to a slot, at the start and whenever the sample changes.
 #include "_modulated_conv2d_tile.cuh"
-#include "_modulated_conv2d_tma.cuh"
+#include "_tma.cuh"
 
 namespace clone_fast {
 namespace conv3x3 {
@@ -161,7 +161,7 @@ __device__ __forceinline__ void bring(const Conv3x3& op, const Maps& maps, Slots
         }
         for (int row = at.starts ? at.row - 1 : at.row + 1; row < at.row + 2; ++row, ++slot) {
             const std::uint32_t to = take(kRowBytes);
-            load_box(to, maps.x, ring.full(slot), at.strip * kStrip - 1, row, at.sample);
+            load_box(to, maps.x, ring.full(slot), 0, at.strip * kStrip - 1, row, at.sample);
         }
         at.advance(op.height, strips);
     }

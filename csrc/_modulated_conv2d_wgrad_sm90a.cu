@@ -8,7 +8,7 @@
 // the hardware is told. What meets of 32 channels in rows too far apart is computed and left.
 #include "_modulated_conv2d_load.cuh"
 #include "_modulated_conv2d_partials.cuh"
-#include "_modulated_conv2d_tma.cuh"
+#include "_tma.cuh"
 
 namespace clone_fast {
 namespace conv3x3 {
@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kAllThreads, 1)
             const std::uint32_t to = base + i % P::kStages * P::kStageBytes;
             if (i >= P::kStages) empty(i).wait(phase(i - P::kStages));
             full(i).expect(P::kLoadBytes);
-            load_box(to, map_b, full(i), x, y, sample);
-            load_box(to + P::kBytesB, map_a, full(i), x - 1, y - 1, sample);
+            load_box(to, map_b, full(i), 0, x, y, sample);
+            load_box(to + P::kBytesB, map_a, full(i), 0, x - 1, y - 1, sample);
         }
         return;
     }

@@ -14,6 +14,7 @@
 
 // ---- one include for each op, in the order of the alphabet
 #include "_resampled_conv.h"
+#include "_strided_conv.h"
 #include "bias_act.h"
 #include "laplacian_pyramid.h"
 #include "modulated_conv2d.h"
@@ -149,6 +150,20 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "resampled_conv_up",
         [](const ResampledConv& op, Address stream) { resampled_conv_up(op, stream_of(stream)); }, unlocked);
+
+    // ---- modulated_conv2d, the convolution of stride 2
+    py::class_<StridedConv>(module, "StridedConv")
+        .def(py::init([](int dtype, bool transposed, int n, int height, int width, int in_channels, int out_height,
+                         int out_width, int out_channels, int padding, int results, Address x, Address weight,
+                         Address y, int tile) {
+                 return StridedConv{Dtype{dtype}, transposed, n, height, width, in_channels, out_height, out_width,
+                                    out_channels, padding, results, pointer(x), pointer(weight), pointer(y), tile};
+             }),
+             py::kw_only(), "dtype"_a, "transposed"_a, "n"_a, "height"_a, "width"_a, "in_channels"_a, "out_height"_a,
+             "out_width"_a, "out_channels"_a, "padding"_a, "results"_a, "x"_a, "weight"_a, "y"_a, "tile"_a);
+    module.def("strided_conv_fits", &strided_conv_fits);
+    module.def(
+        "strided_conv", [](const StridedConv& op, Address stream) { strided_conv(op, stream_of(stream)); }, unlocked);
 
     // ---- upfirdn2d
     using Pair = std::array<int, 2>;  // [x, y], but sizes are [height, width]

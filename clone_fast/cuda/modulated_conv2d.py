@@ -1,7 +1,8 @@
 """modulated_conv2d in CUDA C++: the 3x3 convolution of at most 64 channels, everything fused, and its weight gradient.
 
 The steps are those of `clone_fast.kernels.modulated_conv2d`; what is missing here, or is refused with a reason, runs
-there. Resampling by 2 lies in `_resampled_conv.py`, the filter behind it in `_finish.py`.
+there. Resampling by 2 lies in `_resampled_conv.py`, its convolutions of stride 2 alone in `_strided_conv.py`, the
+filter behind these in `_finish.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from clone_fast import _C
 from clone_fast.cuda import DTYPES, dtype_reason, pointer, stream
 from clone_fast.cuda._finish import composes, launch_finish, supports_finish
+from clone_fast.cuda._strided_conv import launch_strided, supports_strided
 from clone_fast.kernels._dense import SLOPES, layout_of
 
 __all__ = [
@@ -90,6 +92,8 @@ def launch(
 def supports_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> str | None:
     """None where `launch_conv` can run, else the reason why not."""
     k = weight.shape[-1]
+    if stride == 2:
+        return supports_strided(x, weight, transposed)
     if (k, stride, padding) != (3, 1, 1):
         return f"a 3x3 kernel with stride 1 and padding 1, not {k}x{k} with stride {stride} and padding {padding}"
     return _reason(x, weight.shape[-3], weight.shape[-4], "modulated_conv2d_3x3_fits")
@@ -98,8 +102,11 @@ def supports_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transpos
 def launch_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
     """The bare convolution, or with `transposed` its adjoint; the weight is [.., O, I, 3, 3] with O of the result.
 
-    A weight is read where it lies as long as its O or I is the dimension with stride 1 and the rest is on 16 bytes.
+    With stride 1 a weight is read where it lies as long as its O or I is the dimension with stride 1 and the rest is on
+    16 bytes.
     """
+    if stride == 2:
+        return launch_strided(x, weight, padding, transposed)
     return _conv3x3(x, weight, transposed, None, None, None, 1.0, 1.0, None)
 
 

@@ -5,7 +5,9 @@
 
 #include "launch.cuh"
 
-namespace clone_fast::conv3x3 {
+namespace clone_fast {
+
+inline constexpr char kTmaOp[] = "modulated_conv2d";
 
 // A barrier in shared memory. `phase` is the parity of the completions that are waited for.
 struct Gate {
@@ -14,7 +16,7 @@ struct Gate {
     __device__ __forceinline__ void open(int arrivals) const {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address), "r"(arrivals) : "memory");
     }
-    __device__ __forceinline__ void arrive(int count) const {
+    __device__ __forceinline__ void arrive(int count = 1) const {
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(count) : "memory");
     }
     __device__ __forceinline__ void expect(int bytes) const {
@@ -31,11 +33,12 @@ struct Gate {
     }
 };
 
-// A box of an image to shared memory, from (x, y) on, which may lie outside the image; `gate` counts its bytes.
-__device__ __forceinline__ void load_box(std::uint32_t to, const CUtensorMap& map, Gate gate, int x, int y,
+// A box of an image to shared memory, from channel c of pixel (x, y) on, which may lie outside the image; `gate` counts
+// its bytes.
+__device__ __forceinline__ void load_box(std::uint32_t to, const CUtensorMap& map, Gate gate, int c, int x, int y,
                                          int sample) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-                 "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(to), "l"(&map), "r"(0), "r"(x), "r"(y), "r"(sample),
+                 "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(to), "l"(&map), "r"(c), "r"(x), "r"(y), "r"(sample),
                  "r"(gate.address)
                  : "memory");
 }
@@ -52,12 +55,12 @@ CUtensorMap tensor_map(const void* data, const int (&sizes)[kRank], const std::i
         cudaDriverEntryPointQueryResult status;
 #if CUDART_VERSION >= 12050
         check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status),
-              "modulated_conv2d");
+              kTmaOp);
 #else
         check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status),
-              "modulated_conv2d");
+              kTmaOp);
 #endif
-        if (found == nullptr) fail("modulated_conv2d", "the driver has no tensor maps");
+        if (found == nullptr) fail(kTmaOp, "the driver has no tensor maps");
         return reinterpret_cast<Encode>(found);
     }();
     cuuint64_t counts[kRank], bytes[kRank - 1];
@@ -74,7 +77,7 @@ CUtensorMap tensor_map(const void* data, const int (&sizes)[kRank], const std::i
         encode(&map, type, kRank, const_cast<void*>(data), counts, bytes, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
                box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS) fail("modulated_conv2d", "no tensor map, error " + std::to_string(result));
+    if (result != CUDA_SUCCESS) fail(kTmaOp, "no tensor map, error " + std::to_string(result));
     return map;
 }
 
@@ -87,4 +90,4 @@ CUtensorMap image_map(const void* x, int n, int height, int width, int channels,
     return tensor_map<T, 4>(x, sizes, strides, box);
 }
 
-}  // namespace clone_fast::conv3x3
+}  // namespace clone_fast
