@@ -1,4 +1,5 @@
-// modulated_conv2d with up = 2: StyleGAN2's upsampling convolution in one kernel. See _resampled_conv_up_sm90a.cu.
+// modulated_conv2d with up = 2 or down = 2: StyleGAN2's resampling convolutions, each in one kernel.
+// See _resampled_conv_up_sm90a.cu and _resampled_conv_down_sm90a.cu.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,9 +16,9 @@ struct ResampledConv {
     int n, height, width, in_channels, out_channels;
     const void* x;  // [N, H, W, I]
     const void* weight;  // [N or 1, 3, 3, O, I], dense
-    void* y;  // [N, 2 H, 2 W, O]
+    void* y;  // [N, H', W', O]
     const float* filter;  // [4, 4], or [4] of a separable one
-    const void* noise;  // [2 H, 2 W], sample n at n * noise_stride; null: none
+    const void* noise;  // [H', W'], sample n at n * noise_stride; null: none
     const void* strength;  // its factor, one number; null: 1
     const void* bias;  // [O]; null: none
     std::int64_t weight_stride, noise_stride;  // elements from sample to sample, 0: shared
@@ -27,7 +28,10 @@ struct ResampledConv {
     float clamp;  // infinity: none
 };
 
-// Compute capability 9.0 only, and at most 128 input channels.
+// Compute capability 9.0 only, and at most 64 input channels.
 void resampled_conv_up(const ResampledConv& op, cudaStream_t stream);
+
+// Compute capability 9.0 only, 32 or 64 input channels, even height and width.
+void resampled_conv_down(const ResampledConv& op, cudaStream_t stream);
 
 }  // namespace clone_fast

@@ -1,54 +1,17 @@
-// The part of the upsampling convolution that filters and finishes. The filter is a matrix, and the tensor cores
-// multiply by it: that takes half the instructions of the same sums on the arithmetic units.
+// The part of the upsampling convolution that filters and finishes.
 #pragma once
 
+#include "_fir4_matrix.cuh"
 #include "_resampled_conv_tile.cuh"
 
 namespace clone_fast::resampled {
-
-// The filter as a matrix: 16 outputs, 4 rows x 4 columns, are the product of a constant matrix and the 7 x 7 pixels
-// of the field that they depend on. high + low are the taps to twice the precision of T.
-// A number that is not finite spreads to all 16. [row of the 7][output row 0 or 1, 2 or 3]
-struct TapMatrix {
-    std::uint32_t high[7][2], low[7][2];
-    bool exact;  // low is zero: so it is for the usual filters, whose taps are small integers over a power of two
-};
-
-template <typename T>
-__device__ __forceinline__ TapMatrix load_tap_matrix(const ResampledConv& op, int lane) {
-    TapMatrix taps;
-    bool exact = true;
-#pragma unroll
-    for (int r = 0; r < 7; ++r) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float high[2], low[2];
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const int row = r - (lane / 16 + 2 * h), column = lane % 4 * 2 + e - lane / 4 % 4;
-                float tap = 0.0f;
-                if (row >= 0 && row < 4 && column >= 0 && column < 4) {
-                    tap = 4.0f * (op.filter_rank == 1 ? op.filter[3 - row] * op.filter[3 - column]
-                                                      : op.filter[(3 - row) * 4 + 3 - column]);
-                }
-                high[e] = to_float(from_float<T>(tap));
-                low[e] = tap - high[e];
-                if (to_float(from_float<T>(low[e])) != 0.0f) exact = false;
-            }
-            taps.high[r][h] = pack_pair<T>(high[0], high[1]);
-            taps.low[r][h] = pack_pair<T>(low[0], low[1]);
-        }
-    }
-    taps.exact = __all_sync(0xffffffffu, exact);
-    return taps;
-}
 
 template <typename T>
 __device__ __forceinline__ void filter(const ResampledConv& op, const Plan& plan, const Segment& segment, int team,
                                        int thread, std::uint32_t fields) {
     constexpr int kTurns = 4;  // of a warp in a step, 4 columns each, 16 columns apart
     const int warp = thread / 32, lane = thread % 32;
-    const TapMatrix taps = load_tap_matrix<T>(op, lane);
+    const TapMatrix taps = load_tap_matrix<T>(op.filter, op.filter_rank, false, 4.0f, lane);
     // What this lane fetches: the unit lane / 8 of a field row's pixels 0 ... 6, alternately odd and even columns.
     const int pixel = min(lane % 8, 6), column = 2 * warp + (pixel + 1) / 2;
     const std::uint32_t unit = (pixel + 1) % 2 * kPlane + field_unit(column, lane / 8, pixel % 2 == 0);
@@ -103,17 +66,7 @@ __device__ __forceinline__ void filter(const ResampledConv& op, const Plan& plan
             for (int n = 0; n < kTurns; ++n) {
                 if (4 * n + warp >= kColumns / 4) break;
                 float sums[4][4] = {};
-                const auto multiply_all = [&](const std::uint32_t (&a)[7][2]) {
-#pragma unroll
-                    for (int k = 0; k < 6; k += 2) {
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) multiply_add<T>(sums[i], a[k], a[k + 1], b[k][i], b[k + 1][i]);
-                    }
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) multiply_add<T>(sums[i], a[6], b[6][i]);
-                };
-                multiply_all(taps.high);
-                if (!taps.exact) multiply_all(taps.low);
+                multiply_patch<T>(sums, taps, b);
                 if (n + 1 < kTurns && 4 * (n + 1) + warp < kColumns / 4) fetch(n + 1);
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {

@@ -26,6 +26,19 @@ __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+__device__ __forceinline__ uint4 load_shared16(std::uint32_t from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_shared16(std::uint32_t to, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
 // What this thread wrote to shared memory becomes visible to wgmma (after the next barrier, of all threads' writes).
 __device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -50,6 +63,19 @@ __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&to)[4],
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(from)
                  : "memory");
+}
+
+// Unlike max and min of floats these keep NaN, as torch.clamp does.
+template <typename T>
+__device__ __forceinline__ std::uint32_t clamp_pair(std::uint32_t word, std::uint32_t low, std::uint32_t high) {
+    if constexpr (std::is_same_v<T, Bfloat>) {
+        asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(high));
+        asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(low));
+    } else {
+        asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(high));
+        asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(low));
+    }
+    return word;
 }
 
 #define CLONE_FAST_MMA_16(types)                                                                                 \

@@ -9,7 +9,7 @@ namespace clone_fast::resampled {
 
 constexpr char kOp[] = "modulated_conv2d (up)";
 constexpr int kUnit = 16;
-constexpr int kInChannels = 128;  // at most: with more, the weights leave no room for the rest in shared memory
+constexpr int kInChannels = 64;  // at most: with more, the convolution and the filter in two kernels are faster
 constexpr int kOut = 32;  // output channels of a block
 constexpr int kGrid = 32;  // grid columns of a strip
 constexpr int kColumns = 2 * (kGrid - 2);  // output columns of a strip
@@ -74,19 +74,6 @@ __device__ __forceinline__ float2 unpack_pair(std::uint32_t word) {
         const __half2_raw raw{static_cast<unsigned short>(word & 0xffffu), static_cast<unsigned short>(word >> 16)};
         return __half22float2(__half2(raw));
     }
-}
-
-// Unlike max and min of floats these keep NaN, as torch.clamp does.
-template <typename T>
-__device__ __forceinline__ std::uint32_t clamp_pair(std::uint32_t word, std::uint32_t low, std::uint32_t high) {
-    if constexpr (std::is_same_v<T, Bfloat>) {
-        asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(high));
-        asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(low));
-    } else {
-        asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(high));
-        asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(low));
-    }
-    return word;
 }
 
 }  // namespace clone_fast::resampled

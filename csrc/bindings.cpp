@@ -150,6 +150,9 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "resampled_conv_up",
         [](const ResampledConv& op, Address stream) { resampled_conv_up(op, stream_of(stream)); }, unlocked);
+    module.def(
+        "resampled_conv_down",
+        [](const ResampledConv& op, Address stream) { resampled_conv_down(op, stream_of(stream)); }, unlocked);
 
     // ---- modulated_conv2d, the convolution of stride 2
     py::class_<StridedConv>(module, "StridedConv")

@@ -1,4 +1,4 @@
-"""The CUDA leaf of modulated_conv2d with up=2: small shapes at the edges of its tiles, fit for a sanitizer."""
+"""The CUDA leaf of modulated_conv2d with up=2 and down=2: small shapes at the edges of tiles, fit for a sanitizer."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from clone_fast.reference.modulated_conv2d import resampled_conv2d
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_empty")]
 
 HALF = [torch.bfloat16, torch.float16]
-# [N, I, O, H, W]: one pixel; one strip; one pixel more than a strip; several strips, segments and blocks of channels;
-# every depth of the input's ring
+# up and [N, I, O, H, W]: one pixel; one strip; one pixel more than a strip; several strips, segments and blocks of
+# channels; every depth of the input's ring
 SHAPES = [
-    (1, 16, 16, 1, 1),
-    (2, 64, 32, 8, 30),
-    (1, 64, 64, 9, 31),
-    (3, 32, 48, 21, 64),
-    (1, 48, 16, 70, 3),
-    (2, 32, 32, 13, 35),
-    (1, 48, 80, 12, 61),
-    (2, 128, 64, 33, 47),
-    (1, 112, 48, 10, 31),
-    (1, 96, 32, 1, 1),
+    (2, 1, 16, 16, 1, 1),
+    (2, 2, 64, 32, 8, 30),
+    (2, 1, 64, 64, 9, 31),
+    (2, 3, 32, 48, 21, 64),
+    (2, 1, 48, 16, 70, 3),
+    (2, 2, 32, 32, 13, 35),
+    (2, 1, 48, 80, 12, 61),
+    (2, 2, 64, 64, 33, 47),
+    (1, 1, 32, 16, 2, 2),
+    (1, 1, 64, 64, 16, 62),
+    (1, 2, 64, 80, 18, 64),
+    (1, 3, 32, 48, 42, 130),
+    (1, 1, 64, 128, 140, 6),
 ]
 
 
@@ -50,11 +53,11 @@ def smooth(dtype: torch.dtype = torch.float32) -> Tensor:
     return taps.outer(taps).to(dtype)
 
 
-def convolve(x: Tensor, weight: Tensor, f: Tensor) -> Tensor:
-    """The reference, with a weight for all or one for each sample."""
+def convolve(x: Tensor, weight: Tensor, f: Tensor, up: int = 2) -> Tensor:
+    """The reference, with a weight for all or one for each sample; up=1 is down=2."""
     weights = weight.unbind() if weight.ndim == 5 else [weight] * len(x)
     pairs = zip(x.split(1), weights, strict=True)
-    return torch.cat([resampled_conv2d(one, w, up=2, down=1, f=f) for one, w in pairs])
+    return torch.cat([resampled_conv2d(one, w, up=up, down=3 - up, f=f) for one, w in pairs])
 
 
 def assert_close(got: Tensor, want: Tensor, plain: Tensor, peak: Tensor | None = None) -> None:
@@ -71,16 +74,17 @@ def assert_close(got: Tensor, want: Tensor, plain: Tensor, peak: Tensor | None =
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_everything_fused(leaf: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    n, i, o, h, w = shape
+    up, n, i, o, h, w = shape
+    height, width = h * up * up // 2, w * up * up // 2
     x = as_layout(fresh(n, i, h, w, dtype=dtype), "channels_last")
     weight = fresh(n, 3, 3, o, i, dtype=dtype, scale=(9 * i) ** -0.5).permute(0, 3, 4, 1, 2)
-    noise, strength, bias, f = fresh(n, 1, 2 * h, 2 * w, dtype=dtype), fresh(), fresh(o), smooth()
-    arguments = (x, weight, noise, strength, bias, f, 2, 1, "lrelu", 2**0.5, 2.0)
+    noise, strength, bias, f = fresh(n, 1, height, width, dtype=dtype), fresh(), fresh(o), smooth()
+    arguments = (x, weight, noise, strength, bias, f, up, 3 - up, "lrelu", 2**0.5, 2.0)
     assert leaf.supports(*arguments) is None
     got = leaf.launch(*arguments)
 
     def spec(kind: torch.dtype) -> Tensor:
-        y = convolve(x.to(kind), weight.to(kind), f) + noise.to(kind) * strength.to(kind)
+        y = convolve(x.to(kind), weight.to(kind), f, up) + noise.to(kind) * strength.to(kind)
         return bias_act(y, bias.to(kind), act="lrelu", gain=2**0.5, clamp=2.0)
 
     assert got.dtype == dtype
@@ -89,7 +93,8 @@ def test_everything_fused(leaf: Any, shape: tuple[int, ...], dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("kind", ["any", "outer product", "one-dimensional", "zero"])
-def test_filters(leaf: Any, kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("up", [2, 1])
+def test_filters(leaf: Any, up: int, kind: str, dtype: torch.dtype) -> None:
     """Taps of any value, which half precision can't hold, and neither symmetric nor separable."""
     f = {
         "any": fresh(4, 4, scale=0.3),
@@ -97,17 +102,18 @@ def test_filters(leaf: Any, kind: str, dtype: torch.dtype) -> None:
         "one-dimensional": fresh(4, scale=0.5),
         "zero": fresh(4, 4, scale=0.0),
     }[kind]
-    x = as_layout(fresh(1, 64, 15, 33, dtype=dtype), "channels_last")
+    x = as_layout(fresh(1, 64, 16, 34, dtype=dtype), "channels_last")
     weight = fresh(32, 64, 3, 3, dtype=dtype, scale=0.04)
-    got = leaf.launch(x, weight, None, None, None, f, 2, 1, "linear", 1.0, None)
-    assert_close(got, convolve(x.double(), weight.double(), f), convolve(x, weight, f))
+    got = leaf.launch(x, weight, None, None, None, f, up, 3 - up, "linear", 1.0, None)
+    assert_close(got, convolve(x.double(), weight.double(), f, up), convolve(x, weight, f, up))
 
 
+@pytest.mark.parametrize("up", [2, 1])
 @pytest.mark.parametrize("options", range(8))
-def test_options(leaf: Any, options: int) -> None:
+def test_options(leaf: Any, options: int, up: int) -> None:
     """Every choice of act, noise and weight appears, in either layout."""
     act = ("linear", "relu", "lrelu")[options % 3]
-    n, i, o, h, w = 2, 48, 32, 11, 37 - options % 2
+    n, i, o, h, w = 2, 48 if up == 2 else 32, 32, 12, 38 - 2 * (options % 2)
     x = fresh(n, i, h, w, dtype=torch.float16)
     if options // 3 == 1:
         x = as_layout(x, "channels_last")
@@ -115,21 +121,32 @@ def test_options(leaf: Any, options: int) -> None:
         x = fresh(n, i, h, 2 * w, dtype=torch.float16)[..., 1::2]
     per_sample, flat = options % 2 == 1, options in (2, 5)
     weight = fresh(*([n] if per_sample else []), o, i, 3, 3, dtype=torch.float16, scale=0.05)
-    size = (2 * h, 2 * w)
+    size = (h * up * up // 2, w * up * up // 2)
     noise = None if options == 0 else fresh(*size) if flat else fresh(1, 1, *size, dtype=torch.float16)
     strength = None if options < 3 else fresh().to(torch.float16)
     bias = None if options % 4 == 0 else fresh(o, dtype=torch.float16)
     clamp, f = None if options < 4 else 0.5, smooth()
-    got = leaf.launch(x, weight, noise, strength, bias, f, 2, 1, act, 0.7, clamp)
+    got = leaf.launch(x, weight, noise, strength, bias, f, up, 3 - up, act, 0.7, clamp)
 
     def spec(kind: torch.dtype) -> Tensor:
-        y = convolve(x.to(kind), weight.to(kind), f)
+        y = convolve(x.to(kind), weight.to(kind), f, up)
         if noise is not None:
             y = y + noise.to(kind) * (1.0 if strength is None else strength.to(kind))
         return bias_act(y, None if bias is None else bias.to(kind), act=act, gain=0.7, clamp=clamp)
 
     assert got.is_contiguous(memory_format=torch.channels_last if options // 3 == 1 else torch.contiguous_format)
     assert_close(got, spec(torch.float64), spec(torch.float16))
+
+
+def test_nan_stays_nearby_downwards(leaf: Any) -> None:
+    x = as_layout(fresh(1, 64, 32, 40, dtype=torch.bfloat16), "channels_last")
+    x[0, 40, 9, 12] = float("nan")
+    weight = fresh(32, 64, 3, 3, dtype=torch.bfloat16)
+    got = leaf.launch(x, weight, None, None, None, smooth(), 1, 2, "lrelu", 1.0, 1.0)
+    assert got[0, :, 3:6, 5:8].isnan().all()  # what the pixel has a part in
+    outside = torch.ones_like(got, dtype=torch.bool)
+    outside[0, :, 2:7, 3:8] = False  # and what the rest of those blocks of 4 x 4 filtered pixels has
+    assert got[outside].isfinite().all()
 
 
 def test_nan_stays_nearby(leaf: Any) -> None:
@@ -143,11 +160,12 @@ def test_nan_stays_nearby(leaf: Any) -> None:
     assert got[outside].isfinite().all()
 
 
-def test_replay_reads_again(leaf: Any) -> None:
+@pytest.mark.parametrize("up", [2, 1])
+def test_replay_reads_again(leaf: Any, up: int) -> None:
     """A captured graph computes with what the tensors hold when it is replayed, the filter included."""
     x = as_layout(fresh(1, 64, 20, 20, dtype=torch.bfloat16), "channels_last")
     weight, f = fresh(32, 64, 3, 3, dtype=torch.bfloat16, scale=0.04), smooth()
-    arguments = (x, weight, None, None, None, f, 2, 1, "lrelu", 1.0, None)
+    arguments = (x, weight, None, None, None, f, up, 3 - up, "lrelu", 1.0, None)
     leaf.launch(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -161,8 +179,10 @@ def test_replay_reads_again(leaf: Any) -> None:
 def test_reasons(leaf: Any) -> None:
     x, weight, f = fresh(1, 32, 8, 8, dtype=torch.float16), fresh(32, 32, 3, 3, dtype=torch.float16), smooth()
 
-    def reason(x: Tensor, weight: Tensor, f: Tensor | None, up: int = 2, act: str = "linear", gain: float = 1.0) -> str:
-        return str(leaf.supports(x, weight, None, None, None, f, up, 1, act, gain, None))
+    def reason(
+        x: Tensor, weight: Tensor, f: Tensor | None, up: int = 2, down: int = 1, act: str = "linear", gain: float = 1.0
+    ) -> str:
+        return str(leaf.supports(x, weight, None, None, None, f, up, down, act, gain, None))
 
     assert reason(x, weight, f) == "None"
     assert "float64" in reason(x.double(), weight.double(), f)
@@ -174,9 +194,10 @@ def test_reasons(leaf: Any) -> None:
     assert "[4, 4]" in reason(x, weight, f[:3])
     assert "[4, 4]" in reason(x, weight, None)
     assert "up=1" in reason(x, weight, f, up=1)
-    assert reason(x.repeat(1, 4, 1, 1), weight.repeat(2, 4, 1, 1), f) == "None"
-    assert "at most 64" in reason(x.repeat(1, 4, 1, 1), weight.repeat(4, 4, 1, 1), f)
-    assert "at most 128" in reason(x.repeat(1, 5, 1, 1), weight.repeat(1, 5, 1, 1), f)
+    assert reason(x, weight, f, up=1, down=2) == "None"
+    assert "32 or 64" in reason(x[:, :16], weight[:, :16], f, up=1, down=2)
+    assert reason(x.repeat(1, 2, 1, 1), weight.repeat(5, 2, 1, 1), f) == "None"
+    assert "at most 64" in reason(x.repeat(1, 3, 1, 1), weight.repeat(1, 3, 1, 1), f)
 
 
 # ---- the second pass of two: filter, noise, bias, activation, clamp ------------------------------------------------
@@ -189,7 +210,9 @@ def finish() -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(2, 8, 7, 9), (1, 24, 3, 5), (2, 5, 11, 4), (1, 512, 9, 9), (3, 136, 21, 30)])
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 7, 9), (2, 5, 11, 4), (1, 512, 9, 9), (3, 136, 21, 30), (2, 64, 13, 70), (1, 96, 37, 40)]
+)
 @pytest.mark.parametrize("form", ["map", "each", "none"])
 def test_finish(finish: Any, form: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     n, c, h, w = shape
@@ -216,8 +239,9 @@ def test_finish(finish: Any, form: str, shape: tuple[int, ...], layout: str, dty
         assert_close(got, want, plain, unclamped.abs().max() if dtype == torch.float32 else None)
 
 
-def test_finish_keeps_nan(finish: Any) -> None:
-    z = as_layout(fresh(1, 8, 9, 9, dtype=torch.bfloat16), "channels_last")
+@pytest.mark.parametrize("channels", [8, 32])
+def test_finish_keeps_nan(finish: Any, channels: int) -> None:
+    z = as_layout(fresh(1, channels, 9, 40, dtype=torch.bfloat16), "channels_last")
     z[0, 3, 4, 4] = float("nan")
     y = finish.launch_finish(z, smooth(), [1, 1, 1, 1], 4.0, None, None, None, "lrelu", 1.0, 0.5)
     assert y.isnan().sum() == 16

@@ -1,4 +1,4 @@
-"""modulated_conv2d with up=2 in CUDA C++: transposed convolution, filter and all that follows in one kernel."""
+"""modulated_conv2d with up=2 or down=2 in CUDA C++: the convolution, the filter and all that follows in one kernel."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from clone_fast.kernels._dense import SLOPES
 
 COMPUTE_CAPABILITY = (9, 0)  # the only one; its instructions are in no other
 CHANNELS = 16  # their numbers are multiples of it
-IN_CHANNELS = 128  # at most
-FEW = 64  # with more of both channels, the convolution and the filter in two kernels are faster
+IN_CHANNELS = 64  # at most, for up=2: with more, the convolution and the filter in two kernels are faster
+DOWN_IN_CHANNELS = (32, 64)
+DOWN_OUT_CHANNELS = 128  # at most: every 64 of them filter again
 
 
 def supports(
@@ -32,7 +33,7 @@ def supports(
     clamp: float | None,
 ) -> str | None:
     """None where `launch` can run, else the reason why not."""
-    if (up, down) != (2, 1):
+    if (up, down) not in ((2, 1), (1, 2)):
         return f"no kernel for up={up}, down={down}"
     if act not in SLOPES:
         return f"fuses {', '.join(SLOPES)}, not {act}"
@@ -44,19 +45,21 @@ def supports(
         return "the filter must be float32"
     if x.dtype == torch.float32:
         return "no kernel for float32"
-    return dtype_reason(x) or _weight_reason(weight) or _device_reason(x.device.index)
+    return dtype_reason(x) or _weight_reason(weight, down) or _device_reason(x.device.index)
 
 
-def _weight_reason(weight: Tensor) -> str | None:
+def _weight_reason(weight: Tensor, down: int) -> str | None:
     out_channels, in_channels, k = weight.shape[-4], weight.shape[-3], weight.shape[-1]
     if k != 3:
         return f"a 3x3 kernel, not {k}x{k}"
     if out_channels % CHANNELS or in_channels % CHANNELS:
         return f"channels must be multiples of {CHANNELS}, got {out_channels} and {in_channels}"
+    if down == 2:
+        if in_channels in DOWN_IN_CHANNELS and out_channels <= DOWN_OUT_CHANNELS:
+            return None
+        return f"32 or 64 input and at most {DOWN_OUT_CHANNELS} output channels, not {in_channels} and {out_channels}"
     if in_channels > IN_CHANNELS:
         return f"at most {IN_CHANNELS} input channels, not {in_channels}"
-    if min(out_channels, in_channels) > FEW:
-        return f"at most {FEW} input or output channels, not {in_channels} and {out_channels}"
     return None
 
 
@@ -82,23 +85,21 @@ def launch(
     gain: float,
     clamp: float | None,
 ) -> Tensor:
-    """y [N, O, 2 H, 2 W] of x [N, I, H, W] and finished weights [O, I, 3, 3] or [N, O, I, 3, 3].
+    """y [N, O, H * up / down, W * up / down] of x [N, I, H, W] and finished weights [O, I, 3, 3] or [N, O, I, 3, 3].
 
     y = clamp(gain * act(conv + noise * noise_strength + bias)), in x's dtype and layout, summed in float32. What lies
-    between the transposed convolution and the filter is rounded to x's dtype, as is the result. A NaN or an infinity
-    spreads to the whole 4 x 4 pixels of which it would reach one.
+    between the convolution and the filter is rounded to x's dtype, as is the result. A NaN or an infinity spreads to
+    the whole 4 x 4 filtered pixels of which it would reach one.
     """
     n, in_channels, height, width = x.shape
-    out_channels = weight.shape[-4]
+    out_channels, size = weight.shape[-4], (height * up // down, width * up // down)
     dense = _channels_last(x)
     taps = weight.to(x.dtype).movedim((-2, -1), (-4, -3)).contiguous()  # [.., 3, 3, O, I]: modulate's own order
     if taps.data_ptr() % 16:
         taps = taps.clone()
     noise, noise_strength, bias = (_number(value, x) for value in (noise, noise_strength, bias))
     resample_filter = resample_filter.contiguous()
-    y = torch.empty(
-        [n, out_channels, 2 * height, 2 * width], dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    y = torch.empty([n, out_channels, *size], dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     op = _C.ResampledConv(
         dtype=DTYPES[x.dtype],
         n=n,
@@ -114,12 +115,13 @@ def launch(
         strength=pointer(noise_strength),
         bias=pointer(bias),
         weight_stride=taps.stride(0) if taps.ndim == 5 and n > 1 else 0,
-        noise_stride=4 * height * width if noise is not None and noise.ndim == 4 and noise.shape[0] > 1 else 0,
+        noise_stride=size[0] * size[1] if noise is not None and noise.ndim == 4 and noise.shape[0] > 1 else 0,
         filter_rank=resample_filter.ndim,
         floats=tuple(value is not None and value.dtype == torch.float32 for value in (noise, noise_strength, bias)),
         gain=gain,
         slope=SLOPES[act],
         clamp=inf if clamp is None else clamp,
     )
-    _C.resampled_conv_up(op, stream(x))
+    run = _C.resampled_conv_up if up == 2 else _C.resampled_conv_down
+    run(op, stream(x))
     return _in_layout_of(y, x)
