@@ -224,9 +224,9 @@ def supports_wgrad(
 def wgrad_route(a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sample: bool) -> str:
     """How `launch_wgrad` computes these arguments: "tiles", "pointers" or "cudnn"."""
     channels = (a.shape[1], b.shape[1])
-    if a.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+    if tuning.is_exact(a, b):
         # Full float32 has no tensor cores to win with; a narrow result is bound by the bytes, on any route.
-        route = "pointers" if min(channels) < 16 else "cudnn"
+        route = "pointers" if min(channels) < 32 else "cudnn"
     elif k not in (1, 3) or any(c * a.element_size() % 16 for c in channels) or (stride == 2 and a.shape[3] < 2):
         route = "pointers"
     else:
@@ -365,7 +365,7 @@ def _launch_pointers(
 ) -> Tensor:  # fmt: skip
     n, ca, height_a, width_a = a.shape
     cb, height, width = b.shape[1:]
-    exact = a.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
+    exact = tuning.is_exact(a, b)
     block = tuning.pointers(a.dtype, ca, cb, exact)
     tiles = triton.cdiv(height * width * (n // samples), block.bw)
     programs = triton.cdiv(cb, block.bb) * triton.cdiv(ca, block.ba) * k * k

@@ -97,6 +97,11 @@ def pointers(dtype: torch.dtype, ca: int, cb: int, exact: bool) -> Block:
     return Block(1, 1, 1, pixels, _width(cb, 64), _width(ca, 64), 4, 2, 4, latency=0.8 if exact else 1.5)
 
 
+def is_exact(a: Tensor, b: Tensor) -> bool:
+    """Whether to multiply in full float32: where TF32 is forbidden or, as in PyTorch, channels are few."""
+    return a.dtype == torch.float32 and (not torch.backends.cudnn.allow_tf32 or min(a.shape[1], b.shape[1]) < 16)
+
+
 def route(device: tuple[int, int], dtype: torch.dtype, ca: int, cb: int, k: int, stride: int, size: list[int]) -> str:
     """ "tiles", or "cudnn" where that was measured to be faster: in TF32 with more than 64 channels."""
     return "cudnn" if dtype == torch.float32 and k > 1 and max(ca, cb) > 64 else "tiles"
