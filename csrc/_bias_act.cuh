@@ -117,12 +117,13 @@ template <bool kRectified>
 __device__ __forceinline__ float gradient(const Formula& f, float dy, float z) {
     float dz = dy * f.gain;
     if (kRectified || Formula::is_rectified(f.act)) {
-        const float low = f.below == 0.0f ? 0.0f : dz * f.below;
-        dz = z <= 0.0f ? low : dz;
-    } else {
-        dz *= smooth_slope(f, z);
+        // One comparison for the slope and for the value, which is 0 at 0 with either slope.
+        const bool is_low = z <= 0.0f;
+        const float low = f.below == 0.0f ? 0.0f : dz * f.below, value = f.below == 0.0f ? 0.0f : z * f.below;
+        dz = is_low ? low : dz, z = is_low ? value : z;
+        return fabsf(f.gain * z) >= f.clamp ? 0.0f : dz;
     }
-    return is_clamped<kRectified>(f, z) ? 0.0f : dz;
+    return is_clamped<kRectified>(f, z) ? 0.0f : dz * smooth_slope(f, z);
 }
 
 // v * dy * d^2 value / dz^2

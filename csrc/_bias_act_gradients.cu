@@ -5,6 +5,7 @@
 //   rows     [rows, columns]: the channel is the column (channels_last, matrices). A thread keeps its columns.
 //   planes   [planes, inner]: the channel is plane % channels (contiguous images). A group of threads keeps its plane.
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "_bias_act.cuh"
@@ -13,29 +14,9 @@ namespace clone_fast {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 2;
-// How finely the work is cut. Each block of rows leaves a sum for every column, and these have to be summed again.
-constexpr int kRowBlocksPerProcessor = 4, kPlaneBlocksPerProcessor = 8;
-constexpr int kSumThreads = 1024;
-
-// kWidth elements that one thread moves at once: 16 bytes, or a single element where memory is not aligned to that.
-template <typename T, int kWidth>
-struct Lanes {
-    using Raw = std::conditional_t<kWidth == 1, T, Bytes16>;
-
-    static __device__ __forceinline__ Raw load(const T* from) {
-        if constexpr (kWidth == 1) return *from;
-        else return load16(from);
-    }
-    static __device__ __forceinline__ void numbers(Raw raw, float (&values)[kWidth]) {
-        if constexpr (kWidth == 1) values[0] = to_float(raw);
-        else unpack<T>(raw, values);
-    }
-    static __device__ __forceinline__ void store(T* to, const float (&values)[kWidth]) {
-        if constexpr (kWidth == 1) *to = from_float<T>(values[0]);
-        else store16(to, pack<T>(values));
-    }
-};
+constexpr int kBlocksPerProcessor = 4;  // of either kernel, at once
+constexpr int kPlaneWaves = 2;          // of them; not of rows, where each block leaves a sum for every column
+constexpr int kSumThreads = 512, kSumChannels = 8;  // few channels for each block, so that many share the work
 
 template <typename T>
 struct Tensors {
@@ -44,32 +25,103 @@ struct Tensors {
     float* partial;
 };
 
-// dx at kUnroll vectors, `stride` vectors apart, as far as they lie before `count`; adds it to sum.
-template <typename T, int kWidth, bool kRectified>
-__device__ __forceinline__ void step(const Formula& f, const Tensors<T>& t, std::size_t offset, std::size_t stride,
-                                     int count, const float (&bias)[kWidth], float (&sum)[kWidth]) {
-    using Vector = Lanes<T, kWidth>;
-    typename Vector::Raw dy[kUnroll], x[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-        if (u < count) {
-            dy[u] = Vector::load(t.dy + (offset + u * stride) * kWidth);
-            x[u] = Vector::load(t.x + (offset + u * stride) * kWidth);
+// Where a thread goes: `count` vectors, `stride` apart, and after every `each` of them `jump` further.
+struct Steps {
+    std::uint32_t first, stride, jump;
+    int count, each;
+};
+
+template <bool kJumps>
+struct Walk {
+    std::uint32_t at;
+    int left;
+
+    __device__ explicit Walk(const Steps& steps) : at(steps.first), left(steps.each) {}
+    __device__ __forceinline__ void next(const Steps& steps) {
+        at += steps.stride;
+        if (kJumps && --left == 0) left = steps.each, at += steps.jump;
+    }
+};
+
+// dy and x of one thread's steps, kWidth elements at once: 16 bytes, or a single element where memory is not aligned to
+// that. The 16 bytes come by way of shared memory, where those of the next steps wait without registers; nobody else
+// reads a thread's, so there is no barrier.
+template <typename T, int kWidth>
+struct Feed {
+    static constexpr int kAhead = kWidth == 1 ? 1 : 3;  // steps whose numbers are on their way
+    static constexpr int kSlot = 2 * 16 * kThreads, kBytes = kWidth == 1 ? 0 : (kAhead + 1) * kSlot;
+    static_assert((kBytes & (kBytes - 1)) == 0);
+
+    const Tensors<T>& t;
+    std::uint32_t slots, slot = 0;  // of the step that is taken; the last one's may still be read while others come
+    T now[2], next[2];              // of single elements
+
+    __device__ explicit Feed(const Tensors<T>& t) : t(t) {
+        extern __shared__ Bytes16 ring[];  // [kAhead + 1, 2, kThreads]
+        slots = static_cast<std::uint32_t>(__cvta_generic_to_shared(ring)) + 16 * threadIdx.x;
+        asm volatile("" : "+r"(slots));  // is not worked out again in every step
+    }
+    static __device__ __forceinline__ void copy(std::uint32_t to, const T* from) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+    }
+    static __device__ __forceinline__ Bytes16 shared16(std::uint32_t address) {
+        Bytes16 bytes;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(bytes.x), "=r"(bytes.y), "=r"(bytes.z), "=r"(bytes.w)
+                     : "r"(address)
+                     : "memory");
+        return bytes;
+    }
+    // The numbers of the step that is `steps` after the one that is taken next, if there is one.
+    __device__ __forceinline__ void ask(int steps, bool exists, std::uint32_t vector) {
+        const std::size_t offset = std::size_t{vector} * kWidth;
+        if constexpr (kWidth > 1) {
+            const std::uint32_t to = slots + ((slot + steps * kSlot) & (kBytes - 1));
+            if (exists) copy(to, t.dy + offset), copy(to + kSlot / 2, t.x + offset);
+            asm volatile("cp.async.commit_group;" ::: "memory");
+        } else {
+            now[0] = next[0], now[1] = next[1];
+            if (exists) next[0] = t.dy[offset], next[1] = t.x[offset];
         }
     }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-        if (u < count) {
-            float numbers[kWidth], z[kWidth];
-            Vector::numbers(dy[u], numbers);
-            Vector::numbers(x[u], z);
-#pragma unroll
-            for (int l = 0; l < kWidth; ++l) {
-                numbers[l] = gradient<kRectified>(f, numbers[l], z[l] + bias[l]);
-                sum[l] += numbers[l];
-            }
-            Vector::store(t.dx + (offset + u * stride) * kWidth, numbers);
+    __device__ __forceinline__ void take(float (&dy)[kWidth], float (&x)[kWidth]) {
+        if constexpr (kWidth > 1) {
+            asm volatile("cp.async.wait_group %0;" ::"n"(kAhead) : "memory");
+            unpack<T>(shared16(slots + slot), dy);
+            unpack<T>(shared16(slots + slot + kSlot / 2), x);
+            slot = (slot + kSlot) & (kBytes - 1);
+        } else {
+            dy[0] = to_float(now[0]), x[0] = to_float(now[1]);
         }
+    }
+};
+
+// dx of a thread's steps; what it adds up to goes to sum.
+template <typename T, int kWidth, bool kRectified, bool kJumps>
+__device__ __forceinline__ void run(const Formula& f, const Tensors<T>& t, const Steps& steps,
+                                    const float (&bias)[kWidth], float (&sum)[kWidth]) {
+    Feed<T, kWidth> feed(t);
+    constexpr int kAhead = Feed<T, kWidth>::kAhead;
+    Walk<kJumps> asked(steps), at(steps);
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) {
+        feed.ask(s, s < steps.count, asked.at);
+        asked.next(steps);
+    }
+    for (int left = steps.count; left > 0; --left) {
+        float numbers[kWidth], z[kWidth];
+        feed.ask(kAhead, left > kAhead, asked.at);
+        asked.next(steps);
+        feed.take(numbers, z);
+#pragma unroll
+        for (int l = 0; l < kWidth; ++l) {
+            numbers[l] = gradient<kRectified>(f, numbers[l], z[l] + bias[l]);
+            sum[l] += numbers[l];
+        }
+        T* to = t.dx + std::size_t{at.at} * kWidth;
+        if constexpr (kWidth == 1) *to = from_float<T>(numbers[0]);
+        else store16(to, pack<T>(numbers));
+        at.next(steps);
     }
 }
 
@@ -83,22 +135,22 @@ struct Rows {
 };
 
 template <typename T, int kWidth, bool kRectified>
-__global__ void __launch_bounds__(kThreads, 4) gradients_rows(Formula f, Rows shape, Tensors<T> t) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) gradients_rows(Formula f, Rows shape, Tensors<T> t) {
     __shared__ float sums[kThreads * kWidth];
     let_next_come();
     const int together = kThreads / shape.tile;  // rows that the block covers at a time
     const int row = threadIdx.x / shape.tile, column = threadIdx.x - row * shape.tile;
     const int vector = blockIdx.x * shape.tile + column;
     float bias[kWidth], sum[kWidth] = {};
+    wait_for_previous();
     if (row < together && vector < shape.columns) {
 #pragma unroll
         for (int l = 0; l < kWidth; ++l) bias[l] = to_float(t.b[(vector * kWidth + l) % shape.channels]);
-        const int end = min(shape.rows, static_cast<int>(blockIdx.y + 1) * shape.chunk);
-        for (int r = blockIdx.y * shape.chunk + row; r < end; r += kUnroll * together) {
-            step<T, kWidth, kRectified>(f, t, static_cast<std::size_t>(r) * shape.columns + vector,
-                                        static_cast<std::size_t>(together) * shape.columns,
-                                        ceil_div(end - r, together), bias, sum);
-        }
+        const int first = blockIdx.y * shape.chunk, end = min(shape.rows - first, shape.chunk);
+        const int count = end > row ? ceil_div(end - row, together) : 0;
+        const Steps steps = {static_cast<std::uint32_t>((first + row) * shape.columns + vector),
+                             static_cast<std::uint32_t>(together * shape.columns), 0, count, count};
+        run<T, kWidth, kRectified, false>(f, t, steps, bias, sum);
     }
     // [together][width] -> [parts][width] -> [width]
     const int width = shape.tile * kWidth, parts = kThreads / width;
@@ -128,32 +180,32 @@ struct Planes {
     int outer, channels, vectors;  // vectors of a plane
     int group;                     // threads that share a plane: a power of two up to 32, or the block
     int chunk, chunks;             // where it is the block: vectors of a block, and blocks of a plane
-    int several;                   // where it is not: how many planes of its channel the group takes
+    int several;                   // how many planes of its channel the group takes
 };
 
 template <typename T, int kWidth, bool kRectified>
-__global__ void __launch_bounds__(kThreads, 4) gradients_planes(Formula f, Planes shape, Tensors<T> t) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) gradients_planes(Formula f, Planes shape, Tensors<T> t) {
     let_next_come();
     const bool is_block = shape.group == kThreads;
     const int of_block = is_block ? blockIdx.x / shape.chunks : blockIdx.x * (kThreads / shape.group);
     const int place = of_block + threadIdx.x / shape.group, lane = threadIdx.x % shape.group;
     const int piece = is_block ? blockIdx.x - of_block * shape.chunks : 0;
     const int part = place / shape.channels, channel = place - part * shape.channels;
-    const int first = part * shape.several, last = min(shape.outer, first + shape.several);
+    const int first = part * shape.several, planes = min(shape.outer - first, shape.several);
     float total = 0.0f;
-    if (first < last) {
+    wait_for_previous();
+    if (planes > 0) {
         float bias[kWidth], sum[kWidth] = {};
         const float same = to_float(t.b[channel]);
 #pragma unroll
         for (int l = 0; l < kWidth; ++l) bias[l] = same;
-        const int end = min(shape.vectors, (piece + 1) * shape.chunk);
-        for (int outer = first; outer < last; ++outer) {
-            const std::size_t plane = static_cast<std::size_t>(outer) * shape.channels + channel;
-            for (int v = piece * shape.chunk + lane; v < end; v += kUnroll * shape.group) {
-                step<T, kWidth, kRectified>(f, t, plane * shape.vectors + v, shape.group,
-                                            ceil_div(end - v, shape.group), bias, sum);
-            }
-        }
+        const int begin = piece * shape.chunk, end = min(shape.vectors - begin, shape.chunk);
+        const int each = end > lane ? ceil_div(end - lane, shape.group) : 0;
+        const Steps steps = {static_cast<std::uint32_t>((first * shape.channels + channel) * shape.vectors + begin + lane),
+                             static_cast<std::uint32_t>(shape.group),
+                             static_cast<std::uint32_t>(shape.channels * shape.vectors - each * shape.group),
+                             planes * each, each};
+        run<T, kWidth, kRectified, true>(f, t, steps, bias, sum);
 #pragma unroll
         for (int l = 0; l < kWidth; ++l) total += sum[l];
     }
@@ -164,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, 4) gradients_planes(Formula f, Plane
             total += __shfl_xor_sync(0xffffffffu, total, offset);
         }
     }
-    if (lane == 0 && first < last) {
+    if (lane == 0 && planes > 0) {
         t.partial[(static_cast<std::size_t>(part) * shape.chunks + piece) * shape.channels + channel] = total;
     }
 }
@@ -172,22 +224,28 @@ __global__ void __launch_bounds__(kThreads, 4) gradients_planes(Formula f, Plane
 // ---- the sum of what the blocks have found: partial [count, channels] -> db [channels]
 
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads) sum_partials(const float* partial, int count, int channels, int tile, T* db) {
-    __shared__ float sums[kSumThreads];
-    wait_for_previous();
-    const int column = threadIdx.x % tile, row = threadIdx.x / tile, rows = kSumThreads / tile;
-    const int channel = blockIdx.x * tile + column;
+__global__ void __launch_bounds__(kSumThreads) sum_partials(const float* partial, int count, int channels, T* db) {
+    constexpr int kTile = kSumChannels, kWarps = kSumThreads / 32;
+    __shared__ float sums[kWarps][kTile];
+    const int column = threadIdx.x % kTile, channel = blockIdx.x * kTile + column;
     float total = 0.0f;
+    let_next_come();
+    wait_for_previous();
     if (channel < channels) {
 #pragma unroll 8
-        for (int i = row; i < count; i += rows) total += partial[static_cast<std::size_t>(i) * channels + channel];
+        for (int i = threadIdx.x / kTile; i < count; i += kSumThreads / kTile) {
+            total += partial[static_cast<std::size_t>(i) * channels + channel];
+        }
     }
-    sums[threadIdx.x] = total;
-    for (int half = kSumThreads / 2; half >= tile; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-    }
-    if (row == 0 && channel < channels) db[channel] = from_float<T>(sums[column]);
+#pragma unroll
+    for (int offset = kTile; offset < 32; offset *= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
+    if (threadIdx.x % 32 < kTile) sums[threadIdx.x / 32][column] = total;
+    __syncthreads();
+    if (threadIdx.x >= kTile || channel >= channels) return;
+    total = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) total += sums[warp][column];
+    db[channel] = from_float<T>(total);
 }
 
 // ---- which of the two, and how it is cut: everything but pointers
@@ -204,8 +262,8 @@ Plan plan(const BiasAct& op, bool aligned) {
     const int lanes = op.dtype == Dtype::float32 ? 4 : 8;
     Plan p;
     p.is_rows = op.inner == 1;
-    const std::int64_t blocks =
-        std::int64_t{multiprocessors(kBiasAct)} * (p.is_rows ? kRowBlocksPerProcessor : kPlaneBlocksPerProcessor);
+    const int waves = p.is_rows ? 1 : kPlaneWaves;
+    const std::int64_t blocks = std::int64_t{multiprocessors(kBiasAct)} * kBlocksPerProcessor * waves;
     if (p.is_rows) {
         // Several rows count as one where that makes it a whole number of vectors: RGB in channels_last.
         const std::int64_t fold = lanes / std::gcd<std::int64_t>(op.channels, lanes);
@@ -213,7 +271,7 @@ Plan plan(const BiasAct& op, bool aligned) {
         const std::int64_t rows = p.is_wide ? op.outer / fold : op.outer;
         const std::int64_t columns = p.is_wide ? op.channels * fold / lanes : op.channels;
         const std::int64_t tiles = ceil_div(columns, 32), tile = ceil_div(columns, tiles);
-        const std::int64_t step = kUnroll * (kThreads / tile);
+        const std::int64_t step = kThreads / tile;
         // Rounded up, so that all blocks run at once: the few of a second wave would hold up the rest.
         const std::int64_t steps = ceil_div(ceil_div(rows, step) * tiles, blocks);
         const std::int64_t chunk = step * std::max(steps, ceil_div(ceil_div(rows, step), 65535));
@@ -225,19 +283,26 @@ Plan plan(const BiasAct& op, bool aligned) {
     }
     p.is_wide = aligned && op.inner % lanes == 0;
     const std::int64_t planes = op.outer * op.channels, vectors = p.is_wide ? op.inner / lanes : op.inner;
-    std::int64_t group = 1, chunk = vectors, chunks = 1, several = 1, count;
-    if (vectors >= kThreads) {
-        const std::int64_t step = kUnroll * kThreads;
-        group = kThreads;
-        chunk = step * std::max<std::int64_t>(1, planes * vectors / step / blocks);
-        chunks = ceil_div(vectors, chunk);
-        count = planes * chunks;
-    } else {
+    std::int64_t group = kThreads, chunk = vectors, chunks = 1, several = 1;
+    if (vectors < kThreads) {
+        group = 1;
         while (group < 32 && group < vectors) group *= 2;
-        const std::int64_t places = kThreads / group;
-        several = std::max<std::int64_t>(1, planes / places / blocks);
-        count = ceil_div(ceil_div(op.outer, several) * op.channels, places);
     }
+    const std::int64_t places = kThreads / group;  // planes of a block at a time
+    if (planes > blocks * places) {
+        several = std::min(op.outer, ceil_div(planes, blocks * places));
+    } else if (group == kThreads) {
+        // As few blocks as fill their waves nearly: a piece also has a beginning and an end.
+        std::int64_t best = std::numeric_limits<std::int64_t>::max();
+        for (int times = 1; times <= 8; ++times) {
+            const std::int64_t pieces = std::max<std::int64_t>(1, times * blocks / planes);
+            const std::int64_t size = ceil_div(ceil_div(vectors, pieces), kThreads) * kThreads;
+            const std::int64_t cost = ceil_div(planes * ceil_div(vectors, size), blocks) * (size + 2 * kThreads);
+            if (cost < best) best = cost, chunk = size;
+        }
+        chunks = ceil_div(vectors, chunk);
+    }
+    const std::int64_t count = ceil_div(ceil_div(op.outer, several) * op.channels * chunks, places);
     p.planes = {static_cast<int>(op.outer), static_cast<int>(op.channels), static_cast<int>(vectors),
                 static_cast<int>(group), static_cast<int>(chunk), static_cast<int>(chunks), static_cast<int>(several)};
     p.grid = dim3(count);
@@ -247,28 +312,13 @@ Plan plan(const BiasAct& op, bool aligned) {
 
 template <typename T, int kWidth, bool kRectified>
 void launch(const BiasAct& op, const Plan& p, const Tensors<T>& t, cudaStream_t stream) {
-    if (p.is_rows) gradients_rows<T, kWidth, kRectified><<<p.grid, kThreads, 0, stream>>>(Formula(op), p.rows, t);
-    else gradients_planes<T, kWidth, kRectified><<<p.grid, kThreads, 0, stream>>>(Formula(op), p.planes, t);
-    check_launch(kBiasAct);
-}
-
-// The sum may be scheduled while the gradient still runs; it waits inside for its end.
-template <typename T>
-void launch_sum(const float* partial, std::int64_t count, std::int64_t channels, T* db, cudaStream_t stream) {
-    int tile = 1;  // channels of a block: few, so that many blocks share the work
-    while (tile < 8 && tile < channels) tile *= 2;
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(ceil_div(channels, tile));
-    config.blockDim = dim3(kSumThreads);
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = is_for_hopper(sum_partials<T>, kBiasAct);
-    check(cudaLaunchKernelEx(&config, sum_partials<T>, partial, static_cast<int>(count), static_cast<int>(channels), tile,
-                             db),
-          kBiasAct);
+    constexpr int shared = Feed<T, kWidth>::kBytes;
+    const auto run = [&](auto kernel, const auto& shape) {
+        allow_shared_memory(kernel, shared, kBiasAct);
+        launch_early(kBiasAct, kernel, p.grid, kThreads, shared, stream, Formula(op), shape, t);
+    };
+    if (p.is_rows) run(gradients_rows<T, kWidth, kRectified>, p.rows);
+    else run(gradients_planes<T, kWidth, kRectified>, p.planes);
 }
 
 }  // namespace
@@ -287,7 +337,8 @@ void bias_act_gradients(const BiasAct& op, const void* dy, const void* x, const 
         if (!p.is_wide) launch<T, 1, false>(op, p, t, stream);
         else if (Formula::is_rectified(op.act)) launch<T, kLanes<T>, true>(op, p, t, stream);
         else launch<T, kLanes<T>, false>(op, p, t, stream);
-        launch_sum(partial, p.partials, op.channels, static_cast<T*>(db), stream);
+        launch_early(kBiasAct, sum_partials<T>, ceil_div(op.channels, kSumChannels), kSumThreads, 0, stream, partial,
+                     static_cast<int>(p.partials), static_cast<int>(op.channels), static_cast<T*>(db));
     });
 }
 

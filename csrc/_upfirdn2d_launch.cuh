@@ -14,7 +14,8 @@ inline constexpr const char* kOp = "upfirdn2d";
 // little twice; many leave no multiprocessor waiting for the last one. Measured on an H200, tensors of 16 to 512 MB.
 template <int kUp, int kDown, class Windows>
 constexpr int kPercent = kUp == 2                ? 400
-                         : kDown == 2            ? 50
+                         : Windows::kBeside      ? 100
+                         : kDown == 2            ? (Windows::kValues == 1 ? 50 : 100)
                          : Windows::kValues == 1 ? 200
                          : Windows::kFinishes    ? 100
                                                  : 50;
@@ -24,6 +25,12 @@ std::int64_t blocks_wanted(Kernel* kernel, int shared_bytes, int percent) {
     int blocks = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared_bytes), kOp);
     return std::int64_t{percent} * std::max(1, blocks) * multiprocessors(kOp) / 100;
+}
+
+// Groups of columns in a strip: strips of the same width, and at least as wide as Vectors::kCopies wants.
+inline int columns_of(int groups, int vectors) {
+    const int strips = ceil_div(groups, std::min(kThreads / vectors, std::max(4, groups)));
+    return std::max(4, ceil_div(groups, strips));
 }
 
 template <typename T, int kUp, int kDown, class Windows>
@@ -44,9 +51,8 @@ void launch_fir4(const T* x, const float* f, T* y, const Upfirdn2d& a, int split
     if (Windows::kValues == 1 && a.channels_last) {  // Elements, which take columns and channels in one
         const int lanes = std::min(kThreads, groups * vectors);
         strips = ceil_div(groups * vectors, lanes), g.columns = 0, g.lanes = Divider(lanes);
-    } else {  // strips of the same width, and at least as wide as Vectors::kCopies wants
-        strips = ceil_div(groups, std::min(kThreads / vectors, std::max(4, groups)));
-        g.columns = std::max(4, ceil_div(groups, strips));
+    } else {
+        g.columns = columns_of(groups, vectors), strips = ceil_div(groups, g.columns);
         g.lanes = Divider(g.columns * vectors);
     }
     g.vectors = Divider(vectors);

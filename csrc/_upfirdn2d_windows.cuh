@@ -1,8 +1,9 @@
 // How one thread of upfirdn2d's fast kernels sees the image: as windows onto one input row after the other.
 //
 // A thread computes kOut neighbouring columns, kValues numbers in each, and slides down the rows. From an input row it
-// needs kIn columns. Two kinds of windows: Vectors through shared memory, which a block loads in pieces of 16 bytes,
-// once for all its threads and several rows ahead; and Elements, for whatever does not lie in such pieces. Both offer
+// needs kIn columns. Three kinds of windows: Vectors through shared memory, which a block loads in pieces of 16 bytes,
+// once for all its threads and several rows ahead; Beside (_upfirdn2d_beside.cuh), of some planes in such pieces, without
+// shared memory; and Elements, for whatever does not lie in such pieces. They offer
 //   begin()              starts to load
 //   row_into<u>(window)  the next row of the band, number u modulo 4, as float32, zeros outside the image
 //   store(row, values)   the next row of output, number `row` of the band; kept only if the band has one of that number
@@ -74,7 +75,7 @@ template <typename T, int kUp, int kDown, bool kChannelsLast, bool kEvenPhase>
 struct Vectors {
     using Finish = Nothing;
     static constexpr int kV = kLanes<T>;
-    static constexpr bool kEven = kEvenPhase, kFinishes = false;
+    static constexpr bool kEven = kEvenPhase, kFinishes = false, kBeside = false;
     static constexpr int kOut = kChannelsLast ? (kDown == 2 ? 1 : 2) : kV, kValues = kChannelsLast ? kV : 1;
     static constexpr int kIn = window_of<kUp, kDown>(kOut, kEven);
     static constexpr int kRead = kChannelsLast ? kIn : (kIn + 2 * (kV - 1)) / kV;  // vectors that a window touches
@@ -231,7 +232,7 @@ template <typename T, int kUp, int kDown>
 struct Elements {
     static constexpr int kOut = 2, kValues = 1, kIn = window_of<kUp, kDown>(kOut, false);
     using Finish = Nothing;
-    static constexpr bool kEven = false, kFinishes = false;
+    static constexpr bool kEven = false, kFinishes = false, kBeside = false;
 
     static int chunks(int, int) { return 0; }
     static int shared_bytes(const Grid&) { return 0; }

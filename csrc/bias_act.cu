@@ -93,6 +93,8 @@ __global__ void __launch_bounds__(kThreads) elementwise(Formula f, BiasIndex ind
                                                         std::uint32_t vectors, std::uint32_t elements) {
     constexpr int kInputs = kOrder + 1, kUnroll = kOrder == 0 ? 4 : 2, kWidth = kLanes<T>;
     const std::uint32_t first = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
+    let_next_come();
+    wait_for_previous();
     Bytes16 loaded[kUnroll][kInputs];
     Bias<T> biases[kUnroll];
 #pragma unroll
@@ -142,10 +144,9 @@ void launch(const BiasAct& op, const void* x, const void* dy, const void* v, con
     const std::int64_t threads = aligned ? ceil_div(elements, kLanes<T>) : elements;
     const int blocks = static_cast<int>(ceil_div(threads, kThreads * (kOrder == 0 ? 4 : 2)));
     const Inputs<T> in{{static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<const T*>(v)}};
-    elementwise<T, kOrder, kRectified><<<blocks, kThreads, 0, stream>>>(
-        Formula(op), BiasIndex(op, kLanes<T>, b), in, static_cast<const T*>(b), static_cast<T*>(out),
-        static_cast<std::uint32_t>(vectors), static_cast<std::uint32_t>(elements));
-    check_launch(kBiasAct);
+    launch_early(kBiasAct, elementwise<T, kOrder, kRectified>, blocks, kThreads, 0, stream, Formula(op),
+                 BiasIndex(op, kLanes<T>, b), in, static_cast<const T*>(b), static_cast<T*>(out),
+                 static_cast<std::uint32_t>(vectors), static_cast<std::uint32_t>(elements));
 }
 
 }  // namespace

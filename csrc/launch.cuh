@@ -87,6 +87,20 @@ bool is_for_hopper(Kernel* kernel, const char* op) {
     return compute_capability(op) >= 90 && attributes.ptxVersion >= 90;
 }
 
+// kernel<<<blocks, threads, shared, stream>>>(args...) of a kernel that begins with wait_for_previous: it is on its way
+// while the kernel before still runs, where the GPU can.
+template <typename... Parameters, typename... Args>
+void launch_early(const char* op, void (*kernel)(Parameters...), dim3 blocks, int threads, int shared,
+                  cudaStream_t stream, const Args&... args) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = blocks, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared;
+    config.stream = stream, config.attrs = &early, config.numAttrs = is_for_hopper(kernel, op);
+    check(cudaLaunchKernelEx(&config, kernel, args...), op);
+}
+
 template <typename A, typename B>
 __host__ __device__ constexpr auto ceil_div(A a, B b) {
     return (a + b - 1) / b;

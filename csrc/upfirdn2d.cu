@@ -1,6 +1,7 @@
 // upfirdn2d: the launcher, and the kernel for whatever the fast ones of _upfirdn2d_fir4.cuh leave.
 #include "upfirdn2d.h"
 
+#include "_upfirdn2d_beside.cuh"
 #include "_upfirdn2d_launch.cuh"
 
 namespace clone_fast {
@@ -9,6 +10,15 @@ namespace {
 using fir::kOp;
 
 constexpr int kGeneralThreads = 256;
+
+// By windows of which most lies beside, if the image allows that.
+template <typename T, int kDown, int kLeft>
+bool run_beside(const T* x, const float* f, T* y, const Upfirdn2d& a, cudaStream_t stream) {
+    using Windows = fir::Beside<T, kDown, kLeft>;
+    if (a.pad_x != kLeft || !Windows::has_neighbours(fir::columns_of(ceil_div(a.ow, Windows::kOut), 1))) return false;
+    fir::launch_fir4<T, 1, kDown, Windows>(x, f, y, a, 1, 1, stream);
+    return true;
+}
 
 template <typename T, int kUp, int kDown>
 void run_fir4(const T* x, const float* f, T* y, const Upfirdn2d& a, cudaStream_t stream) {
@@ -19,6 +29,11 @@ void run_fir4(const T* x, const float* f, T* y, const Upfirdn2d& a, cudaStream_t
             x, f, y, a, a.c / kLanes<T> / vectors, vectors, stream);
     }
     if (!a.channels_last && a.w % kLanes<T> == 0 && a.ow % kLanes<T> == 0 && aligned) {
+        constexpr bool same = kUp == 1 && kDown == 1 && sizeof(T) == 2;  // in float32 Vectors are faster
+        if constexpr (same || kDown == 2)
+            if (run_beside<T, kDown, 1>(x, f, y, a, stream)) return;
+        if constexpr (same)
+            if (run_beside<T, kDown, 2>(x, f, y, a, stream)) return;
         if constexpr (kUp == 2)
             if (a.pad_x % 2 == 0)
                 return fir::launch_fir4<T, kUp, kDown, fir::Vectors<T, kUp, kDown, false, true>>(x, f, y, a, 1, 1,

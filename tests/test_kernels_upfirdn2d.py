@@ -200,6 +200,7 @@ def test_what_is_not_supported_has_a_reason(leaf: Any) -> None:
         (2, 64, 257, 257),
         (1, 32, 513, 511),
         (3, 3, 256, 512),
+        (1, 2, 40, 2048),
         (64, 512, 8, 8),
     ],
     ids=str,
@@ -211,6 +212,7 @@ def test_large(gpu_leaf: Any, shape: tuple[int, ...], layout: str, dtype: torch.
     for up, down in RESAMPLING.values():
         check(gpu_leaf, x, BLUR, up, down, [2, 1, 2, 1])
         check(gpu_leaf, x, RANDOM, up, down, [1, 2, 1, 1], flip=True)
+        check(gpu_leaf, x, RANDOM, up, down, [1, -1, 0, 3])
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
