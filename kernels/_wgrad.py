@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from clone_fast.kernels import _wgrad_tuning as tuning
 from clone_fast.kernels._device import capability
 from clone_fast.kernels._tf32 import in_tf32
+from clone_fast.kernels._wgrad_cudnn import cudnn_wgrad, is_convolution
 
 # One compiled kernel for all of these: nothing is faster for knowing that one of them is 1, or divisible by 16.
 SIZES = ["height", "width", "samples"]
@@ -231,14 +232,9 @@ def wgrad_route(a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sam
         route = "pointers"
     else:
         route = tuning.route(capability(a.device), a.dtype, *channels, k, stride, list(b.shape[2:]))
-    if route == "cudnn" and not _is_convolution(a, b, k, stride, padding):
+    if route == "cudnn" and not is_convolution(a, b, k, stride, padding):
         route = "pointers"
     return route
-
-
-def _is_convolution(a: Tensor, b: Tensor, k: int, stride: int, padding: int) -> bool:
-    """Whether b has the size of a convolution of a, as PyTorch wants it."""
-    return all((a.shape[i] + 2 * padding - k) // stride + 1 == b.shape[i] for i in (2, 3))
 
 
 def launch_wgrad(
@@ -258,10 +254,7 @@ def launch_wgrad(
     route = wgrad_route(a, b, k, stride, padding, per_sample)
     samples = a.shape[0] if per_sample else 1
     if route == "cudnn":
-        parts = [(a, b)] if samples == 1 else list(zip(a.split(1), b.split(1), strict=True))
-        weight = a.new_empty([b.shape[1], a.shape[1], k, k])
-        found = [_torch_wgrad(x, y, weight, stride, padding) for x, y in parts]
-        return (torch.stack(found) if per_sample else found[0]).to(dtype)
+        return cudnn_wgrad(a, b, k, stride, padding, per_sample).to(dtype)
     # An up layer's result belongs to its weight transposed: there the reader wants cb contiguous.
     transposed = stride == 2 and per_sample
     inner = (a.shape[1], b.shape[1]) if transposed else (b.shape[1], a.shape[1])
@@ -271,11 +264,6 @@ def launch_wgrad(
         out = _launch_pointers(a, b, k, stride, padding, samples, inner, transposed, dtype)
     out = out.permute(0, 4, 3, 1, 2) if transposed else out.permute(0, 3, 4, 1, 2)
     return out if per_sample else out[0]
-
-
-def _torch_wgrad(a: Tensor, b: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    options = ([stride, stride], [padding, padding], [1, 1], False, [0, 0], 1, [False, True, False])
-    return torch.ops.aten.convolution_backward(b, a, weight, None, *options)[1]
 
 
 def _partial_sums(

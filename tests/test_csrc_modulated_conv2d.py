@@ -178,4 +178,5 @@ def test_reasons(leaf: Any) -> None:
     assert "gain" in reason(x, weight, gain=-1.0)
     assert "multiples of 8" in reason(x[:, :3], weight[:, :3])
     assert "3x3" in reason(x, weight[..., :1, :1])
-    assert "stride 2" in leaf.supports_conv(x, weight, 2, 1, False)
+    assert "padding 0" in leaf.supports_conv(x, weight, 1, 0, False)
+    assert "stride 2" in leaf.supports_wgrad(x, x, 3, 2, 1, False)

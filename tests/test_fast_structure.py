@@ -112,9 +112,10 @@ def test_side_stream(op: str, kind: str, backend: str) -> None:
 
 @every_op
 @every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_devices_in_one_process(op: str, kind: str, backend: str) -> None:
-    call = call_of(op, kind=kind)
+def test_two_devices_in_one_process(op: str, kind: str, backend: str, dtype: torch.dtype) -> None:
+    call = call_of(op, dtype=dtype, kind=kind)
     taken(call, backend)
     found = []
     for device in ("cuda:0", "cuda:1"):
@@ -126,8 +127,11 @@ def test_two_devices_in_one_process(op: str, kind: str, backend: str) -> None:
         found.append(results(function, inputs, dy))
     assert torch.cuda.current_device() == 0
     for name, value in found[0].items():
-        assert found[1][name].device == torch.device("cuda:1")
-        assert torch.equal(found[1][name].cpu(), value.cpu()), name
+        other = found[1][name]
+        assert other.device == torch.device("cuda:1")
+        # float32 is multiplied by cuDNN, which does not choose the same algorithm on every device.
+        bits = op != "modulated_conv2d" or dtype != torch.float32
+        torch.testing.assert_close(other.cpu(), value.cpu(), **({"rtol": 0, "atol": 0} if bits else {}), msg=name)
 
 
 @every_op

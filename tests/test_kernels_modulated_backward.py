@@ -126,6 +126,17 @@ def test_wgrad(case: tuple[int, ...], device: str, nan_empty: None) -> None:
 
 
 @pytest.mark.parametrize("device", WHERE)
+def test_nearest_tf32(device: str, nan_empty: None) -> None:
+    module = leaf("_tf32", device)
+    x = torch.randn(3, 5, 7, 9, device=device)
+    x[0, 0, 0, :5] = torch.tensor([0.0, float("inf"), float("nan"), 1 + 2**-11, -1e-30])
+    for image in (x, as_layout(x, "channels_last"), x[..., 1::2], x.transpose(1, 2)):
+        mantissa, exponent = torch.frexp(image.double())
+        want = torch.ldexp((mantissa.abs() * 2**11 + 0.5).floor() * mantissa.sign() / 2**11, exponent)
+        torch.testing.assert_close(module.nearest(image).double(), want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", WHERE)
 def test_wgrad_in_half_precision_is_rounded_once(device: str, nan_empty: None) -> None:
     module = leaf("_wgrad", device)
     cases = [(2, 8, 8, 5, 7, 3, 1, 1), (2, 16, 8, 4, 5, 3, 2, 0), (1, 16, 8, 9, 9, 1, 1, 0), (2, 5, 3, 6, 6, 3, 1, 1)]
