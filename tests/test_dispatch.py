@@ -347,6 +347,27 @@ def test_explain_says_how_a_leaf_would_run(leaves: dict[str, str | None], monkey
     ]
 
 
+def test_explain_says_where_the_steps_run(leaves: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an op that a leaf composes of steps, some of which are another leaf's."""
+    composer = made(
+        supports=lambda *args: "not in one",
+        launch=None,
+        composes=lambda *args: None,
+        launch_finish=lambda z, *args: z[..., 1:, 1:],
+    )
+    other = made(
+        supports=lambda *args: "none",
+        launch=None,
+        launch_conv=lambda x, *args: torch.zeros(1, 1, 9, 9),
+        launch_modulate=lambda weight, *args: weight,
+    )
+    monkeypatch.setattr(dispatch, "leaf", lambda op, name: {"cuda": composer, "triton": other}[name])
+    monkeypatch.setattr(dispatch, "_why_not", lambda op, name, x, args: None if name == "cuda" else "none")
+    filter_, weight = setup_filter([1, 3, 3, 1]), torch.ones(1, 2, 3, 3)
+    lines = explain("modulated_conv2d", X, weight, torch.ones(1, 2), up=2, resample_filter=filter_).splitlines()
+    assert lines[0] == "modulated_conv2d on cuda: accepted, conv on triton"
+
+
 def test_explain_refuses_what_the_op_refuses() -> None:
     with pytest.raises(ValueError, match=r"^explain: op must be one of bias_act, upfirdn2d, .*, got 'conv2d'$"):
         explain("conv2d", X)

@@ -216,6 +216,9 @@ def launch_step(op: str, step: str, backend: str, *args: Any) -> Any:
         found = leaf(op, name)
         reason = found if isinstance(found, str) else found.why_not(step, args)
         if not isinstance(found, str) and reason is None:
+            notes = _notes.get()
+            if notes is not None and name != backend:
+                notes.append(f"{step} on {name}")
             return found.launch(step, *args)
         reasons.append(f"{name}: {reason}")
     raise BackendError(f"{op}: no backend runs its step {step!r} ({'; '.join(reasons)})")
