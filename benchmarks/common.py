@@ -127,7 +127,8 @@ def dy_of(y: Tensor, x: Tensor) -> Tensor:
 def gate(case: Case, inputs: dict[str, Tensor], dy: Tensor | None) -> float:
     """The largest error against the reference in float64, relative to the largest value; fails where a result is wrong.
 
-    Wrong: beyond twice the error of the reference in this format plus one rounding; or a cosine below 0.99.
+    Wrong: beyond twice the error of the reference in this format plus one rounding, in TF32 one of TF32, as cuDNN's
+    fastest algorithm may multiply in full float32; or a cosine below 0.99.
     """
     exact = {name: value.detach().double().requires_grad_(value.requires_grad) for name, value in inputs.items()}
     wanted = run(case.on("reference"), exact, None if dy is None else dy.double())
@@ -136,7 +137,8 @@ def gate(case: Case, inputs: dict[str, Tensor], dy: Tensor | None) -> float:
     for name, want in wanted.items():
         error, allowed = (float((v[name].double() - want).abs().max() / want.abs().max()) for v in (got, plain))
         cosine = float(torch.cosine_similarity(got[name].double().flatten(), want.flatten(), dim=0))
-        if not (error <= 2 * allowed + torch.finfo(got[name].dtype).eps and cosine >= 0.99):
+        rounding = 2.0**-10 if case.format.tf32 else torch.finfo(got[name].dtype).eps
+        if not (error <= 2 * allowed + rounding and cosine >= 0.99):
             pytest.fail(f"{case.op}: {name} is wrong: error {error:.2g}, reference {allowed:.2g}, cosine {cosine:.4f}")
         worst = max(worst, error)
     return worst
