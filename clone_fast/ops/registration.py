@@ -19,13 +19,19 @@ from torch import Tensor
 LIBRARY = torch.library.Library("clone_fast", "DEF")
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(kind: str) -> bool:
+    """PyTorch 2.11's compiler does not trace this question."""
+    return torch.amp.is_autocast_available(kind)
+
+
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function of (x, ...), computed in the dtypes of its arguments whatever autocast would make of them."""
 
     @functools.wraps(function)
     def exact(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         kind = x.device.type
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
             return function(x, *args, **kwargs)
         with torch.autocast(device_type=kind, enabled=False):
             return function(x, *args, **kwargs)
