@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clone_fast.kernels._dense import SLOPES
+
 # The numbers of `Dtype` in csrc/dtype.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -19,6 +21,18 @@ def dtype_reason(x: Tensor) -> str | None:
         return None
     name = str(x.dtype).removeprefix("torch.")
     return "float64 runs on the reference only" if x.dtype == torch.float64 else f"no kernel for {name}"
+
+
+def epilogue_reason(act: str, gain: float) -> str | None:
+    """Why what follows a convolution cannot be fused here, or None."""
+    if act not in SLOPES:
+        return f"fuses {', '.join(SLOPES)}, not {act}"
+    return f"wants a gain above zero, got {gain}" if gain <= 0 else None
+
+
+def on_16_bytes(x: Tensor) -> Tensor:
+    """x, or a copy where its memory begins between two multiples of 16 bytes."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def pointer(x: Tensor | None) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clone_fast import _C
-from clone_fast.cuda import DTYPES, dtype_reason, pointer, stream
+from clone_fast.cuda import DTYPES, dtype_reason, epilogue_reason, pointer, stream
 from clone_fast.kernels._dense import SLOPES, layout_of
 
 
@@ -51,10 +51,9 @@ def supports_finish(
     clamp: float | None,
 ) -> str | None:
     """None where `launch_finish` can run, else the reason why not."""
-    if act not in SLOPES:
-        return f"fuses {', '.join(SLOPES)}, not {act}"
-    if gain <= 0:
-        return f"wants a gain above zero, got {gain}"
+    reason = epilogue_reason(act, gain)
+    if reason:
+        return reason
     if resample_filter is not None and any(size != 4 for size in resample_filter.shape):
         return "the filter must be [4, 4] or [4]"
     return dtype_reason(z)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clone_fast import _C
-from clone_fast.cuda import DTYPES, dtype_reason, pointer, stream
+from clone_fast.cuda import DTYPES, dtype_reason, epilogue_reason, on_16_bytes, pointer, stream
 from clone_fast.cuda.modulated_conv2d import _channels_last, _in_layout_of, _number
 from clone_fast.kernels._dense import SLOPES
 
@@ -35,10 +35,9 @@ def supports(
     """None where `launch` can run, else the reason why not."""
     if (up, down) not in ((2, 1), (1, 2)):
         return f"no kernel for up={up}, down={down}"
-    if act not in SLOPES:
-        return f"fuses {', '.join(SLOPES)}, not {act}"
-    if gain <= 0:
-        return f"wants a gain above zero, got {gain}"
+    reason = epilogue_reason(act, gain)
+    if reason:
+        return reason
     if resample_filter is None or any(size != 4 for size in resample_filter.shape):
         return "the filter must be [4, 4] or [4]"
     if resample_filter.dtype != torch.float32:
@@ -94,9 +93,8 @@ def launch(
     n, in_channels, height, width = x.shape
     out_channels, size = weight.shape[-4], (height * up // down, width * up // down)
     dense = _channels_last(x)
-    taps = weight.to(x.dtype).movedim((-2, -1), (-4, -3)).contiguous()  # [.., 3, 3, O, I]: modulate's own order
-    if taps.data_ptr() % 16:
-        taps = taps.clone()
+    # [.., 3, 3, O, I]: modulate's own order
+    taps = on_16_bytes(weight.to(x.dtype).movedim((-2, -1), (-4, -3)).contiguous())
     noise, noise_strength, bias = (_number(value, x) for value in (noise, noise_strength, bias))
     resample_filter = resample_filter.contiguous()
     y = torch.empty([n, out_channels, *size], dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clone_fast import _C
-from clone_fast.cuda import DTYPES, dtype_reason, pointer, stream
+from clone_fast.cuda import DTYPES, dtype_reason, epilogue_reason, pointer, stream
 from clone_fast.cuda._finish import composes, launch_finish, supports_finish
 from clone_fast.cuda._strided_conv import launch_strided, supports_strided
 from clone_fast.kernels._dense import SLOPES, layout_of
@@ -53,10 +53,9 @@ def supports(
         return _resampled_conv.supports(
             x, weight, noise, noise_strength, bias, resample_filter, up, down, act, gain, clamp
         )
-    if act not in SLOPES:
-        return f"fuses {', '.join(SLOPES)}, not {act}"
-    if gain <= 0:
-        return f"wants a gain above zero, got {gain}"
+    reason = epilogue_reason(act, gain)
+    if reason:
+        return reason
     return supports_conv(x, weight, 1, weight.shape[-1] // 2, False)
 
 
