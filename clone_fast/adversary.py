@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import Tensor
 
+from clone_fast.capture import adam, set_rates
 from clone_fast.losses import discriminator_adversarial, r1_penalty
 from clone_fast.nn import Discriminator
 
@@ -30,31 +30,43 @@ class Adversary:
     ) -> None:
         self.discriminator = copy.deepcopy(discriminator).train().requires_grad_(True)
         self.adversarial_weight, self.cohesion_weight = adversarial_weight, cohesion_weight
-        self.learning_rate, self.r1_gamma, self.r1_interval = learning_rate, r1_gamma, r1_interval
-        self.iteration = 0
-        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=learning_rate, betas=(0.0, 0.99))
+        self.r1_gamma, self.r1_interval = r1_gamma, r1_interval
+        self.turns = 0
+        self.optimizer = adam([(list(self.discriminator.parameters()), learning_rate)], betas=(0.0, 0.99))
 
-    def update(self, real: Tensor, fake: Tensor, label: Tensor | None, local: int, rate: float) -> Tensor:
-        """One step of D on max 1_p[lambda L_adv_local] + L_global. Returns what it minimises."""
+    def take_turn(self) -> bool:
+        """Count an update, on the host; whether R1 joins it."""
+        self.turns += 1
+        return self.r1_gamma > 0 and (self.turns - 1) % self.r1_interval == 0
+
+    def update(
+        self, real: Tensor, fake: Tensor, label: Tensor | None, local: bool, rate: Tensor, penalised: bool
+    ) -> Tensor:
+        """One step of D on max 1_p[lambda L_adv_local] + L_global, with R1 if penalised. Returns what it minimises.
+
+        rate: [], factor of the learning rate, on the device.
+        """
         real_logits, fake_logits = self.discriminator(real, label), self.discriminator(fake, label)
         loss = real.new_zeros([])
         if local and self.adversarial_weight > 0:
             loss = loss + self.adversarial_weight * discriminator_adversarial(real_logits[:1], fake_logits[:1])
         if self.cohesion_weight > 0:
             loss = loss + self.cohesion_weight * discriminator_adversarial(real_logits[local:], fake_logits[local:])
-        penalty = real.new_zeros([])
-        if self.r1_gamma > 0 and self.iteration % self.r1_interval == 0:
+        objective = loss
+        if penalised:
             penalty = r1_penalty(lambda images: self.discriminator(images, label), real)
-        self.iteration += 1
-        self.optimizer.param_groups[0]["lr"] = self.learning_rate * rate
+            objective = loss + penalty * (self.r1_gamma / 2 * self.r1_interval)
         self.optimizer.zero_grad(set_to_none=True)
-        (loss + penalty * (self.r1_gamma / 2 * self.r1_interval)).backward()
+        objective.backward()
+        set_rates(self.optimizer, rate)
         self.optimizer.step()
-        return loss
+        return loss.detach()
 
     def judge(self, images: Tensor, label: Tensor | None) -> Tensor:
         """Logits [N, 1] with a gradient to the images and none to D's weights."""
         self.discriminator.requires_grad_(False)
-        logits: Tensor = self.discriminator(images, label)
-        self.discriminator.requires_grad_(True)
+        try:
+            logits: Tensor = self.discriminator(images, label)
+        finally:
+            self.discriminator.requires_grad_(True)
         return logits
