@@ -20,6 +20,7 @@ from torch import Tensor
 from clone_fast.errors import BackendError
 
 EAGER_CALLS = 2  # of each variant before its capture: kernels are compiled, tables filled, optimisers allocate
+ROWS = 1024  # of a table, at most: longer runs draw the next rows when these are used up
 
 
 class CudaGraphs:

@@ -13,11 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clone_fast.capture import Table
+from clone_fast.capture import ROWS, Table
 from clone_fast.nn import Generator
-
-ROWS = 1024  # iterations drawn at once, at most: the next ones are drawn when these are used up
-
 
 @dataclass(frozen=True)
 class Wanted:
