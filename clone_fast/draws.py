@@ -16,6 +16,7 @@ from torch import Tensor
 from clone_fast.capture import ROWS, Table
 from clone_fast.nn import Generator
 
+
 @dataclass(frozen=True)
 class Wanted:
     """What an iteration draws.
@@ -91,7 +92,8 @@ class Draws:
 
     def _row(self) -> dict[str, Tensor]:
         """One iteration, drawn in the order in which it uses its numbers; what it does not use is 0."""
-        w, row = self.wanted, {}
+        w = self.wanted
+        row: dict[str, Tensor] = {}
         local = float(torch.rand([], generator=self.source)) < w.local_probability
         others = max(w.batch - local, 0)
         self.local.append(local)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 from clone_fast.adversary import Adversary
 from clone_fast.capture import Board, Captured, adam, set_rates
 from clone_fast.draws import Draws, Wanted
-from clone_fast.errors import DivergenceError, SettingsError
+from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity, generator_adversarial, paired_cohesion
+from clone_fast.memory import full
 from clone_fast.nn import Discriminator, Generator
 from clone_fast.progress import Keeper, Progress, Record, quick_psnr, ramp
 from clone_fast.settings import TweakSettings
@@ -40,7 +42,7 @@ class Tweaked:
         latent: the one that was given, with the photo's noise maps where they were moved.
         rows: see `Record`.
         steps: iterations taken.
-        stopped: why it ended: "steps", "target", "interrupted" or "diverged".
+        stopped: why it ended: "steps", "target", "interrupted", "diverged" or "memory" (it was full).
     """
 
     generator: Generator
@@ -103,8 +105,11 @@ class Tweak:
         if s.noise_lr > 0:
             for name, const in generator.synthesis.noise_consts().items():
                 self.maps[name] = self.maps.get(name, const).detach().clone().requires_grad_(True)
-        tuned = [p for p in self.generator.parameters() if p.requires_grad]
-        groups = [(tuned, s.generator_lr), ([m for m in self.maps.values() if m.requires_grad], s.noise_lr)]
+        tuned: list[Tensor] = [p for p in self.generator.parameters() if p.requires_grad]
+        groups: list[tuple[list[Tensor], float]] = [
+            (tuned, s.generator_lr),
+            ([m for m in self.maps.values() if m.requires_grad], s.noise_lr),
+        ]
         self.optimizer = adam([group for group in groups if group[0]], betas=(0.9, 0.99))
         self.adversary: Adversary | None = None
         if s.adversarial:
@@ -268,26 +273,30 @@ def tweak(
         interrupted: whether Ctrl-C came before; the copies are then returned as they are.
 
     Returns:
-        The tweaked networks. Ctrl-C, a loss that is not finite, or a PSNR that collapses end the tweak with the
-        weights of the last good check.
+        The tweaked networks. Ctrl-C, a loss that is not finite, a PSNR that collapses, or a memory that is full
+        (with a RuntimeWarning) end the tweak with the weights of the last good check.
 
     Raises:
         SettingsError: the settings need a discriminator or a label that was not given.
         DivergenceError: the loss was not finite from the first step on.
+        MemoryLimitError: the first iteration does not fit into the device's memory.
     """
-    work = Tweak(
-        generator,
-        discriminator,
-        latent,
-        photo,
-        settings,
-        real_images=real_images,
-        label=label,
-        similarity=similarity,
-        seed=seed,
-    )
+    try:
+        work = Tweak(
+            generator,
+            discriminator,
+            latent,
+            photo,
+            settings,
+            real_images=real_images,
+            label=label,
+            similarity=similarity,
+            seed=seed,
+        )
+        keeper = Keeper(work.moved(), work.judged())
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimitError(full("tweak", generator.arch, photo.device, settings)) from error
     record = Record("tweak", settings.steps, settings.check_every, progress)
-    keeper = Keeper(work.moved(), work.judged())
     stopped, step, best = "interrupted" if interrupted else "", 0, -math.inf
     try:
         while not stopped and step < settings.steps:
@@ -311,6 +320,14 @@ def tweak(
                     stopped = "target"
     except KeyboardInterrupt:
         stopped = "interrupted"
+    except torch.OutOfMemoryError:
+        stopped = "memory"
+    if stopped == "memory":
+        work.release()
+        message = full("tweak", generator.arch, photo.device, settings)
+        if not record.rows:
+            raise MemoryLimitError(message)
+        warnings.warn(f"{message}; the weights of the last check are kept", RuntimeWarning, stacklevel=2)
     if not stopped and not all(torch.isfinite(value).all() for value in work.moved()):
         stopped = "diverged"  # in the very last update, which no check has seen
     if stopped == "diverged" and len(record.rows) == 1:

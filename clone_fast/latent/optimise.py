@@ -7,6 +7,7 @@ Abdal et al. 2019 (Image2StyleGAN) for W+.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clone_fast.capture import ROWS, Board, Captured, Table, adam, set_rates
-from clone_fast.errors import DivergenceError, SettingsError
+from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity
+from clone_fast.memory import full
 from clone_fast.nn import Generator
 from clone_fast.progress import Keeper, Progress, Record, quick_psnr, ramp
 
@@ -220,16 +222,18 @@ def optimise(
         progress: called at every check.
 
     Returns:
-        The latent found. Ctrl-C ends the search with the latent so far. With 0 steps, the start itself.
+        The latent found. Ctrl-C, or a memory that is full (with a RuntimeWarning), end the search with the latent of
+        the last check. With 0 steps, the start itself.
 
     Raises:
         DivergenceError: the loss was not finite from the first step on.
+        MemoryLimitError: the first step does not fit into the device's memory.
         SettingsError: lpips was asked for and is not there.
     """
     work = Search(generator, photo, settings, start=start, seed=seed)
     record = Record("latent", settings.steps, settings.check_every, progress)
     keeper = Keeper(work.tuned, [])
-    interrupted = diverged = False
+    interrupted = diverged = memory = False
     required = [p.requires_grad for p in generator.parameters()]
     generator.requires_grad_(False)
     try:
@@ -249,10 +253,17 @@ def optimise(
             keeper.keep()
     except KeyboardInterrupt:
         interrupted = True
+    except torch.OutOfMemoryError:
+        memory = True
     finally:
         work.release()
         for parameter, flag in zip(generator.parameters(), required, strict=True):
             parameter.requires_grad_(flag)
-    if interrupted or diverged:
+    if memory:
+        message = full("latent", generator.arch, photo.device)
+        if not record.rows:
+            raise MemoryLimitError(message)
+        warnings.warn(f"{message}; the latent of the last check is kept", RuntimeWarning, stacklevel=2)
+    if interrupted or diverged or memory:
         keeper.restore()
     return Outcome(work.latent(), record.rows, interrupted)
