@@ -252,6 +252,60 @@ def test_no_iteration_reads_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None
             work.step()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes", [{}, {"mode": "recon"}, {"local_probability": 0.6}, {"tune_mapping": True, "noise_lr": 0.0}], ids=str
+)
+def test_a_captured_tweak_on_a_gpu_is_the_eager_one(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every variant recorded. Two eager runs differ too: not all sums are taken in the same order each time."""
+    net, s = tiny.network().to(torch.device("cuda")), tiny.settings(steps=16, check_every=1, **changes)
+    rows = []
+    for allowed in ("1", "0", "0"):
+        monkeypatch.setenv("CLONE_FAST_CAPTURE", allowed)
+        done = tweak_module.tweak(
+            net.generator, net.discriminator, tiny.latent(tiny.network()).to("cuda"), PHOTO.cuda(), s
+        )
+        rows.append(torch.tensor([row["loss"] for row in done.rows]))
+    captured, eager, again = rows
+    allowed_error = max(1e-3, 5 * float(((again - eager) / eager).abs().max()))
+    torch.testing.assert_close(captured, eager, rtol=allowed_error, atol=0)
+
+
+@pytest.mark.gpu
+def test_a_captured_search_on_a_gpu_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    for allowed in ("1", "0"):
+        monkeypatch.setenv("CLONE_FAST_CAPTURE", allowed)
+        generator = tiny.network().to(torch.device("cuda")).generator
+        found = optimise(generator, PHOTO.cuda(), LatentSettings(steps=12, noise_maps=True, check_every=1))
+        rows.append(torch.tensor([row["loss"] for row in found.rows]))
+    torch.testing.assert_close(rows[0], rows[1], rtol=1e-2, atol=0)
+
+
+@pytest.mark.gpu
+def test_a_similarity_that_reads_falls_back_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real capture that CUDA breaks off: the stream, the memory and the run are sound afterwards."""
+    monkeypatch.setenv("CLONE_FAST_STRICT", "0")
+
+    def reading(image: Tensor, photo: Tensor) -> Tensor:
+        loss = F.mse_loss(image, photo)
+        return loss * (1.0 if loss.item() > 0 else 0.0)
+
+    net, s = tiny.network().to(torch.device("cuda")), tiny.settings(steps=8)
+    stream = torch.cuda.current_stream()
+    with pytest.warns(RuntimeWarning, match="fell back to eager"):
+        done = tweak_module.tweak(
+            net.generator,
+            net.discriminator,
+            tiny.latent(tiny.network()).to("cuda"),
+            PHOTO.cuda(),
+            s,
+            similarity=reading,
+        )
+    assert done.stopped == "steps"
+    assert torch.cuda.current_stream() == stream
+
+
 # ---- draws -----------------------------------------------------------------------------------------------------------
 
 
