@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor
 
 from clone_fast.capture import adam, set_rates
@@ -46,7 +47,7 @@ class Adversary:
 
         rate: [], factor of the learning rate, on the device.
         """
-        real_logits, fake_logits = self.discriminator(real, label), self.discriminator(fake, label)
+        real_logits, fake_logits = self.compare(real, fake, label)
         loss = real.new_zeros([])
         if local and self.adversarial_weight > 0:
             loss = loss + self.adversarial_weight * discriminator_adversarial(real_logits[:1], fake_logits[:1])
@@ -61,6 +62,18 @@ class Adversary:
         set_rates(self.optimizer, rate)
         self.optimizer.step()
         return loss.detach()
+
+    def compare(self, real: Tensor, fake: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits [N, 1] of both, in one forward where that leaves D's groups as they are.
+
+        Sample n of M belongs to group n mod (M / size): taken in turns, even groups hold real images, odd ones fakes.
+        """
+        arch = self.discriminator.arch
+        if arch.mbstd_num_channels and (arch.mbstd_group_size is None or len(real) % arch.mbstd_group_size):
+            return self.discriminator(real, label), self.discriminator(fake, label)
+        both = torch.stack([real, fake], dim=1).flatten(0, 1)
+        logits = self.discriminator(both, None if label is None else label.repeat_interleave(2, dim=0))
+        return logits[::2], logits[1::2]
 
     def judge(self, images: Tensor, label: Tensor | None) -> Tensor:
         """Logits [N, 1] with a gradient to the images and none to D's weights."""

@@ -15,6 +15,7 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -180,7 +181,7 @@ class Tweak:
     def _iterate(self, local: bool, penalised: bool) -> None:
         """All that an iteration does, on static memory: what a graph replays. penalised: whether R1 joins."""
         s, rate = self.settings, self.draws.table["rate"]
-        images, before, label = self._draw(local)
+        images, before, label, edited, wanted = self._draw(local)
         values: dict[str, Tensor] = {}
         terms: dict[str, Tensor] = {}
         if local:
@@ -199,7 +200,7 @@ class Tweak:
         if s.others and s.paired_weight > 0:
             terms["paired"] = s.paired_weight * paired_cohesion(images[local:], before)
         if s.edits and local:
-            terms["edit"] = s.edit_weight * self._edit()
+            terms["edit"] = s.edit_weight * paired_cohesion(edited, wanted)
         loss = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -210,37 +211,57 @@ class Tweak:
         self.board.write(values)
         self.names[local] = tuple(values)
 
-    def _draw(self, local: bool | int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Images of the generator, the clone first if it joins; the original's of the other latents; and labels."""
+    def _draw(self, local: bool | int) -> Drawn:
+        """What the two generators draw in an iteration, each in one batch."""
         s, table = self.settings, self.draws.table
-        if not s.others:
-            return Latent(self.latent.ws, self.maps).draw(self.generator), self.photo[:0], self.label
-        others = s.batch - local
-        c = table["c"][:others] if self.generator.c_dim else None
-        w = table["w"][:others, None].expand(-1, self.generator.num_ws, -1)
-        with torch.no_grad():
-            before = self.original.synthesis(w)
-        ws = self.generator.mapping(table["z"][:others], c) if s.tune_mapping else w
-        if local:
-            ws = torch.cat([self.latent.ws, ws])
-            c = c if c is None or self.label is None else torch.cat([self.label, c])
-        images = self.generator.synthesis(ws, noise_mode="const", noise=self._noise(others) if local else None)
-        return images, before, c
+        others = s.batch - local if s.others else 0
+        c = table["c"][:others] if others and self.generator.c_dim else None
+        own = [self.latent.ws] if local else []
+        moved = [self.latent.ws + table["move"]] if local and s.edits else []
+        rest = [table["w"][:others, None].expand(-1, self.generator.num_ws, -1)] if others else []
+        before = wanted = self.photo[:0]
+        if rest or moved:
+            with torch.no_grad():
+                known = _synthesise(self.original, [], rest, moved, self.latent.noise)
+            before, wanted = known[:others], self.offset + known[others:]
+        if rest and s.tune_mapping:
+            rest = [self.generator.mapping(table["z"][:others], c)]
+        drawn = _synthesise(self.generator, own, rest, moved, self.maps)
+        if local and c is not None and self.label is not None:
+            c = torch.cat([self.label, c])
+        return Drawn(drawn[: local + others], before, c, drawn[local + others :], wanted)
 
-    def _edit(self) -> Tensor:
-        """Distance of the clone after a random move of its latent from the photo plus what the original changes."""
-        with torch.no_grad():
-            moved = Latent(self.latent.ws + self.draws.table["move"], self.latent.noise)
-            wanted = self.offset + moved.draw(self.original)
-        return paired_cohesion(Latent(moved.ws, self.maps).draw(self.generator), wanted)
 
-    def _noise(self, others: int) -> dict[str, Tensor]:
-        """Noise maps of a batch whose first image is the clone: its own, where it has any, then the generator's."""
-        consts = self.generator.synthesis.noise_consts()
-        return {
-            name: torch.cat([own[None, None], consts[name][None, None].expand(others, -1, -1, -1)])
-            for name, own in self.maps.items()
-        }
+class Drawn(NamedTuple):
+    """The images of an iteration.
+
+    Attributes:
+        images: [n, C, R, R] of the tweaked generator, the clone first if the local term joins.
+        before: [n or n - 1, C, R, R], what the original draws for the latents other than the photo's.
+        label: [n, c_dim] of `images`, None if unconditional.
+        edited: [1, C, R, R], the clone after a random move of its latent; [0, C, R, R] without edits.
+        wanted: likewise, what it shall be: the photo plus what that move changes in the original's image.
+    """
+
+    images: Tensor
+    before: Tensor
+    label: Tensor | None
+    edited: Tensor
+    wanted: Tensor
+
+
+def _synthesise(
+    generator: Generator, own: list[Tensor], rest: list[Tensor], moved: list[Tensor], maps: dict[str, Tensor]
+) -> Tensor:
+    """Images of ws [n, num_ws, w_dim], of all lists in turn; those in `own` and `moved` have the photo's noise maps."""
+    ws, consts = torch.cat([*own, *rest, *moved]), generator.synthesis.noise_consts()
+    noise = dict(maps) if own + moved and len(ws) == 1 else {}
+    if own + moved and len(ws) > 1:
+        for name, mine in maps.items():
+            parts = [(mine, own), (consts[name], rest), (mine, moved)]
+            noise[name] = torch.cat([value.expand(len(one), 1, -1, -1) for value, group in parts for one in group])
+    images: Tensor = generator.synthesis(ws, noise_mode="const", noise=noise)
+    return images
 
 
 COLLAPSE_DB = 8.0  # a PSNR that far below the best so far is not going to recover within the steps of a tweak
