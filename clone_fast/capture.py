@@ -19,7 +19,9 @@ from torch import Tensor
 
 from clone_fast.errors import BackendError
 
-EAGER_CALLS = 2  # of each variant before its capture: kernels are compiled, tables filled, optimisers allocate
+# Of each variant before its capture: kernels are compiled and loaded, optimisers allocate. Not more, since an eager
+# call while there are graphs needs memory beside theirs.
+EAGER_CALLS = 1
 ROWS = 1024  # of a table, at most: longer runs draw the next rows when these are used up
 
 

@@ -78,9 +78,9 @@ def test_each_variant_runs_eagerly_then_is_recorded_and_replayed(played: list[Pl
     for variant in order:
         function(*variant)
     assert did == order  # recording executes nothing, and every call counts once
-    log = ["eager", "eager", "eager", "record 1", "replay 1", "replay 1", "eager", "record 2", "replay 2", "replay 1"]
-    assert played[0].log == log
-    assert EAGER_CALLS == 2
+    log = ["eager", "record 1", "replay 1", "eager", "replay 1", "replay 1", "record 2", "replay 2", "replay 2"]
+    assert played[0].log == [*log, "replay 1"]
+    assert EAGER_CALLS == 1
 
 
 def test_without_graphs_every_call_is_eager() -> None:
@@ -124,7 +124,6 @@ def test_a_strict_capture_raises(played: list[PlayedGraphs], monkeypatch: pytest
     monkeypatch.setenv("CLONE_FAST_STRICT", "1")
     function = Captured(lambda: None, CPU)
     played[0].refuse = 1
-    function()
     function()
     with pytest.raises(BackendError, match="CLONE_FAST_STRICT=1"):
         function()
@@ -201,15 +200,14 @@ def test_the_variants_are_recorded_in_the_order_of_the_draws(played: list[Played
         patch.setattr(Tweak, "_iterate", lambda self, *v: (variants.append(v), iterate(self, *v))[1])
         run(net, s)
     assert variants == [(True, i % 3 == 0) for i in range(12)]
-    first = ["eager"] * 4 + ["record 1", "replay 1"]  # R1, no, no, R1, then the third of those without it
-    then = ["replay 1", "record 2", "replay 2", "replay 1", "replay 1", "replay 2", "replay 1", "replay 1"]
-    assert played[0].log == first + then
+    first = ["eager", "eager", "record 1", "replay 1", "record 2", "replay 2"]  # with R1, twice without, with
+    assert played[0].log == first + ["replay 1", "replay 1", "replay 2"] * 2 + ["replay 1", "replay 1"]
 
 
 def test_a_captured_search_is_the_eager_one(played: list[PlayedGraphs]) -> None:
     s = LatentSettings(steps=9, start_samples=8, noise_maps=True)
     captured = optimise(tiny.network().generator, PHOTO, s)
-    assert played[0].log == ["eager", "eager", "record 1"] + ["replay 1"] * 7
+    assert played[0].log == ["eager", "record 1"] + ["replay 1"] * 8
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(capture, "graphs_of", lambda device: None)
         eager = optimise(tiny.network().generator, PHOTO, s)
