@@ -28,10 +28,11 @@ class Adversary:
         learning_rate: float,
         r1_gamma: float,
         r1_interval: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.discriminator = copy.deepcopy(discriminator).train().requires_grad_(True)
         self.adversarial_weight, self.cohesion_weight = adversarial_weight, cohesion_weight
-        self.r1_gamma, self.r1_interval = r1_gamma, r1_interval
+        self.r1_gamma, self.r1_interval, self.dtype = r1_gamma, r1_interval, dtype
         self.turns = 0
         self.optimizer = adam([(list(self.discriminator.parameters()), learning_rate)], betas=(0.0, 0.99))
 
@@ -55,7 +56,7 @@ class Adversary:
             loss = loss + self.cohesion_weight * discriminator_adversarial(real_logits[local:], fake_logits[local:])
         objective = loss
         if penalised:
-            penalty = r1_penalty(lambda images: self.discriminator(images, label), real)
+            penalty = r1_penalty(lambda images: self._logits(images, label), real)
             objective = loss + penalty * (self.r1_gamma / 2 * self.r1_interval)
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
@@ -70,16 +71,19 @@ class Adversary:
         """
         arch = self.discriminator.arch
         if arch.mbstd_num_channels and (arch.mbstd_group_size is None or len(real) % arch.mbstd_group_size):
-            return self.discriminator(real, label), self.discriminator(fake, label)
+            return self._logits(real, label), self._logits(fake, label)
         both = torch.stack([real, fake], dim=1).flatten(0, 1)
-        logits = self.discriminator(both, None if label is None else label.repeat_interleave(2, dim=0))
+        logits = self._logits(both, None if label is None else label.repeat_interleave(2, dim=0))
         return logits[::2], logits[1::2]
 
     def judge(self, images: Tensor, label: Tensor | None) -> Tensor:
         """Logits [N, 1] with a gradient to the images and none to D's weights."""
         self.discriminator.requires_grad_(False)
         try:
-            logits: Tensor = self.discriminator(images, label)
+            return self._logits(images, label)
         finally:
             self.discriminator.requires_grad_(True)
+
+    def _logits(self, images: Tensor, label: Tensor | None) -> Tensor:
+        logits: Tensor = self.discriminator(images, label, dtype=self.dtype)
         return logits

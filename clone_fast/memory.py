@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from clone_fast.nn import Architecture
+from clone_fast.nn import PRECISIONS, Architecture
 from clone_fast.settings import TweakSettings
 
 # Tensors of a network's width at every resolution that an image leaves behind until its backward is done. Counted in
@@ -24,7 +24,7 @@ def activations(arch: Architecture, element_size: int = 4) -> int:
 
 def iteration_bytes(arch: Architecture, settings: TweakSettings) -> int:
     """About what an iteration of the tweak needs besides weights and optimisers."""
-    one = activations(arch)
+    one = activations(arch, PRECISIONS[settings.precision].dtype.itemsize)
     if settings.mode == "recon":
         return one * IN_GENERATOR
     drawn = (settings.batch if settings.others else 1) + settings.edits
@@ -43,15 +43,17 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def advice(arch: Architecture, settings: TweakSettings, free: int | None) -> str:
-    """A line that names the largest batch that should fit into so many bytes, or else mode recon."""
+    """A line that names what should fit into so many bytes: half precision, the largest batch, or mode recon."""
     smaller = [replace(settings, batch=batch) for batch in range(settings.batch - 1, 1, -1)]
     group = arch.mbstd_group_size or 1
     allowed = [s for s in smaller if s.batch <= group or s.batch % group == 0] if settings.mode == "clone" else []
     recon = replace(settings, mode="recon")
-    for choice in (*allowed, *([recon] if settings.mode == "clone" else [])):
+    half = [replace(settings, precision="bf16")] if settings.precision in ("fp32", "tf32") else []
+    for choice in (*half, *allowed, *([recon] if settings.mode == "clone" else [])):
         needed = iteration_bytes(arch, choice)
         if free is None or needed <= SAFE * free:
             name = "mode='recon'" if choice is recon else f"batch={choice.batch}"
+            name = "precision='bf16'" if choice in half else name
             return f"{name} should fit (about {gib(needed)} for an iteration)"
     return SMALLER
 

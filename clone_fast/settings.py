@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clone_fast.errors import SettingsError
+from clone_fast.nn import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class TweakSettings:
         r1_gamma, r1_interval: R1 regularisation of D in every r1_interval-th iteration; gamma 0 for none.
         saturating: the generator's adversarial terms as the formula stands, log(1 - D), instead of -log D.
         tune_mapping: move the mapping network as well; the latent is fixed, so only the cohesion terms would.
+        precision: what both networks compute in, "fp32", "tf32", "bf16" or "fp16"; weights are float32 in any case.
         check_every: iterations between two reads of the loss.
     """
 
@@ -51,11 +53,14 @@ class TweakSettings:
     r1_interval: int = 16
     saturating: bool = False
     tune_mapping: bool = False
+    precision: str = "fp32"
     check_every: int = 5
 
     def __post_init__(self) -> None:
         if self.mode not in ("clone", "recon"):
             raise SettingsError(f"mode must be clone or recon, got {self.mode!r}")
+        if self.precision not in PRECISIONS:
+            raise SettingsError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.steps < 1:
             raise SettingsError(f"steps must be >= 1, got {self.steps}")
         if not 0 < self.local_probability <= 1:

@@ -27,7 +27,7 @@ from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity, generator_adversarial, paired_cohesion
 from clone_fast.memory import full
-from clone_fast.nn import Discriminator, Generator
+from clone_fast.nn import Discriminator, Generator, Precision
 from clone_fast.progress import Keeper, Progress, Record, quick_psnr, ramp
 from clone_fast.settings import TweakSettings
 
@@ -98,7 +98,7 @@ class Tweak:
         s = settings
         self.settings, self.latent, self.photo, self.label = s, latent, photo, label
         self.reconstruction = Reconstruction(photo, similarity=similarity)
-        self.original = generator
+        self.original, self.precision = generator, Precision.named(s.precision)
         self.generator = copy.deepcopy(generator).train().requires_grad_(False)
         self.generator.synthesis.requires_grad_(True)
         self.generator.mapping.requires_grad_(s.tune_mapping)
@@ -121,9 +121,11 @@ class Tweak:
                 learning_rate=s.discriminator_lr,
                 r1_gamma=s.r1_gamma,
                 r1_interval=s.r1_interval,
+                dtype=self.precision.dtype,
             )
-        with torch.no_grad():
-            self.offset = photo - latent.draw(generator)  # what the original lacks: the same after any edit
+        with torch.no_grad(), self.precision.active():
+            drawn = _synthesise(generator, [latent.ws], [], [], latent.noise, self.precision.dtype)
+            self.offset = photo - drawn  # what the original lacks: the same after any edit
         self.pool = real_images if self.adversary is not None else None
         self.real = photo.new_empty([0 if self.pool is None else s.batch, *photo.shape[1:]])
         wanted = Wanted(
@@ -169,7 +171,8 @@ class Tweak:
                 chosen = chosen.pin_memory()  # or the copy would wait for the GPU
             self.real[: len(picked)].copy_(chosen, non_blocking=True)
         turn = self.adversary is not None and (local or self.settings.cohesion_weight > 0)
-        self.iterate(local, turn and self.adversary is not None and self.adversary.take_turn())
+        with self.precision.active():
+            self.iterate(local, turn and self.adversary is not None and self.adversary.take_turn())
         return self.board.read(self.names[local])
 
     def release(self) -> None:
@@ -222,11 +225,11 @@ class Tweak:
         before = wanted = self.photo[:0]
         if rest or moved:
             with torch.no_grad():
-                known = _synthesise(self.original, [], rest, moved, self.latent.noise)
+                known = _synthesise(self.original, [], rest, moved, self.latent.noise, self.precision.dtype)
             before, wanted = known[:others], self.offset + known[others:]
         if rest and s.tune_mapping:
             rest = [self.generator.mapping(table["z"][:others], c)]
-        drawn = _synthesise(self.generator, own, rest, moved, self.maps)
+        drawn = _synthesise(self.generator, own, rest, moved, self.maps, self.precision.dtype)
         if local and c is not None and self.label is not None:
             c = torch.cat([self.label, c])
         return Drawn(drawn[: local + others], before, c, drawn[local + others :], wanted)
@@ -251,7 +254,12 @@ class Drawn(NamedTuple):
 
 
 def _synthesise(
-    generator: Generator, own: list[Tensor], rest: list[Tensor], moved: list[Tensor], maps: dict[str, Tensor]
+    generator: Generator,
+    own: list[Tensor],
+    rest: list[Tensor],
+    moved: list[Tensor],
+    maps: dict[str, Tensor],
+    dtype: torch.dtype,
 ) -> Tensor:
     """Images of ws [n, num_ws, w_dim], of all lists in turn; those in `own` and `moved` have the photo's noise maps."""
     ws, consts = torch.cat([*own, *rest, *moved]), generator.synthesis.noise_consts()
@@ -260,7 +268,7 @@ def _synthesise(
         for name, mine in maps.items():
             parts = [(mine, own), (consts[name], rest), (mine, moved)]
             noise[name] = torch.cat([value.expand(len(one), 1, -1, -1) for value, group in parts for one in group])
-    images: Tensor = generator.synthesis(ws, noise_mode="const", noise=noise)
+    images: Tensor = generator.synthesis(ws, noise_mode="const", noise=noise, dtype=dtype)
     return images
 
 

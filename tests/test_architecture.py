@@ -51,7 +51,7 @@ HOUSE = (
     Layer("photo", imports="files", packages="torch numpy PIL"),
     Layer("metrics", imports="nn", lazily="lpips", packages="torch numpy PIL torchmetrics"),
     Layer("progress"),
-    Layer("settings"),
+    Layer("settings", imports="nn"),
     Layer("memory", imports="nn settings"),
     Layer("capture"),
     Layer("draws", imports="capture nn"),

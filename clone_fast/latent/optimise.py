@@ -19,7 +19,7 @@ from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity
 from clone_fast.memory import full
-from clone_fast.nn import Generator
+from clone_fast.nn import PRECISIONS, Generator, Precision
 from clone_fast.progress import Keeper, Progress, Record, quick_psnr, ramp
 
 
@@ -36,6 +36,7 @@ class LatentSettings:
         exploration: standard deviation of the noise on w at the start, in units of w's own; gone at 3/4 of the way.
         start_samples: random latents for the mean and spread of w, and to choose the start among.
         similarity: "laplacian" (pyramid and mean square) or "lpips" (needs the lpips extra and its weights).
+        precision: what the generator computes in, see `clone_fast.nn.PRECISIONS`.
         check_every: steps between two reads of the loss.
     """
 
@@ -47,11 +48,14 @@ class LatentSettings:
     exploration: float = 0.05
     start_samples: int = 512
     similarity: str = "laplacian"
+    precision: str = "fp32"
     check_every: int = 5
 
     def __post_init__(self) -> None:
         if self.space not in ("w", "w+"):
             raise SettingsError(f"space must be w or w+, got {self.space!r}")
+        if self.precision not in PRECISIONS:
+            raise SettingsError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.steps < 0:
             raise SettingsError(f"the steps of the latent must be >= 0, got {self.steps}")
         for name in ("start_samples", "check_every"):
@@ -134,6 +138,7 @@ class Search:
         self, generator: Generator, photo: Tensor, settings: LatentSettings, *, start: Latent | None, seed: int
     ) -> None:
         self.generator, self.photo, self.settings = generator, photo, settings
+        self.precision = Precision.named(settings.precision)
         source = torch.Generator().manual_seed(seed)
         similarity = lpips_similarity(photo.device) if settings.similarity == "lpips" else None
         self.loss_of = Reconstruction(photo, similarity=similarity)
@@ -166,7 +171,8 @@ class Search:
         if self.taken and self.taken % self.size == 0:
             self.table.refill(self._draw())
         self.taken += 1
-        self.iterate()
+        with self.precision.active():
+            self.iterate()
 
     def release(self) -> None:
         """Let go of what only further iterations need: the graph, and gradients in its memory."""
@@ -188,7 +194,7 @@ class Search:
         """All that an iteration does, on static memory: what a graph replays."""
         s = self.settings
         ws = (self.ws + self.table["jitter"]).expand(-1, self.generator.num_ws, -1)
-        image = self.generator.synthesis(ws, noise_mode="const", noise=self.maps)
+        image = self.generator.synthesis(ws, noise_mode="const", noise=self.maps, dtype=self.precision.dtype)
         loss = self.loss_of(image)
         if s.noise_maps:
             structure = [noise_structure(m) for m in self.maps.values()]
