@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
+from clone_fast.capture import adam, set_rates
 from clone_fast.losses import discriminator_adversarial, r1_penalty
 from clone_fast.nn import Discriminator
 
@@ -27,34 +28,62 @@ class Adversary:
         learning_rate: float,
         r1_gamma: float,
         r1_interval: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.discriminator = copy.deepcopy(discriminator).train().requires_grad_(True)
         self.adversarial_weight, self.cohesion_weight = adversarial_weight, cohesion_weight
-        self.learning_rate, self.r1_gamma, self.r1_interval = learning_rate, r1_gamma, r1_interval
-        self.iteration = 0
-        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=learning_rate, betas=(0.0, 0.99))
+        self.r1_gamma, self.r1_interval, self.dtype = r1_gamma, r1_interval, dtype
+        self.turns = 0
+        self.optimizer = adam([(list(self.discriminator.parameters()), learning_rate)], betas=(0.0, 0.99))
 
-    def update(self, real: Tensor, fake: Tensor, label: Tensor | None, local: int, rate: float) -> Tensor:
-        """One step of D on max 1_p[lambda L_adv_local] + L_global. Returns what it minimises."""
-        real_logits, fake_logits = self.discriminator(real, label), self.discriminator(fake, label)
+    def take_turn(self) -> bool:
+        """Count an update, on the host; whether R1 joins it."""
+        self.turns += 1
+        return self.r1_gamma > 0 and (self.turns - 1) % self.r1_interval == 0
+
+    def update(
+        self, real: Tensor, fake: Tensor, label: Tensor | None, local: bool, rate: Tensor, penalised: bool
+    ) -> Tensor:
+        """One step of D on max 1_p[lambda L_adv_local] + L_global, with R1 if penalised. Returns what it minimises.
+
+        rate: [], factor of the learning rate, on the device.
+        """
+        real_logits, fake_logits = self.compare(real, fake, label)
         loss = real.new_zeros([])
         if local and self.adversarial_weight > 0:
             loss = loss + self.adversarial_weight * discriminator_adversarial(real_logits[:1], fake_logits[:1])
         if self.cohesion_weight > 0:
             loss = loss + self.cohesion_weight * discriminator_adversarial(real_logits[local:], fake_logits[local:])
-        penalty = real.new_zeros([])
-        if self.r1_gamma > 0 and self.iteration % self.r1_interval == 0:
-            penalty = r1_penalty(lambda images: self.discriminator(images, label), real)
-        self.iteration += 1
-        self.optimizer.param_groups[0]["lr"] = self.learning_rate * rate
+        objective = loss
+        if penalised:
+            penalty = r1_penalty(lambda images: self._logits(images, label), real)
+            objective = loss + penalty * (self.r1_gamma / 2 * self.r1_interval)
         self.optimizer.zero_grad(set_to_none=True)
-        (loss + penalty * (self.r1_gamma / 2 * self.r1_interval)).backward()
+        objective.backward()
+        set_rates(self.optimizer, rate)
         self.optimizer.step()
-        return loss
+        return loss.detach()
+
+    def compare(self, real: Tensor, fake: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits [N, 1] of both, in one forward where that leaves D's groups as they are.
+
+        Sample n of M belongs to group n mod (M / size): taken in turns, even groups hold real images, odd ones fakes.
+        """
+        arch = self.discriminator.arch
+        if arch.mbstd_num_channels and (arch.mbstd_group_size is None or len(real) % arch.mbstd_group_size):
+            return self._logits(real, label), self._logits(fake, label)
+        both = torch.stack([real, fake], dim=1).flatten(0, 1)
+        logits = self._logits(both, None if label is None else label.repeat_interleave(2, dim=0))
+        return logits[::2], logits[1::2]
 
     def judge(self, images: Tensor, label: Tensor | None) -> Tensor:
         """Logits [N, 1] with a gradient to the images and none to D's weights."""
         self.discriminator.requires_grad_(False)
-        logits: Tensor = self.discriminator(images, label)
-        self.discriminator.requires_grad_(True)
+        try:
+            return self._logits(images, label)
+        finally:
+            self.discriminator.requires_grad_(True)
+
+    def _logits(self, images: Tensor, label: Tensor | None) -> Tensor:
+        logits: Tensor = self.discriminator(images, label, dtype=self.dtype)
         return logits

@@ -33,3 +33,7 @@ class DivergenceError(CloneFastError):
 
 class OutputError(CloneFastError):
     """A file or folder cannot be written."""
+
+
+class MemoryLimitError(CloneFastError):
+    """The device's memory does not hold a stage's first iteration; the message names a setting that would fit."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clone_fast.ops import fast_double_backward, laplacian_pyramid, laplacian_pyramid_loss
+from clone_fast.ops import fast_double_backward, laplacian_pyramid_loss
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 
@@ -72,8 +72,8 @@ def paired_cohesion(after: Tensor, before: Tensor) -> Tensor:
 
     Not part of the paper, whose cohesion ties the distributions of images, not the image of each latent.
     """
-    bands = laplacian_pyramid(after - before, levels=pyramid_levels(after.shape[-1]))
-    return torch.stack([((b.square() + SOFT**2).sqrt() - SOFT).mean() for b in bands]).sum()
+    levels = pyramid_levels(after.shape[-1])
+    return laplacian_pyramid_loss(after, before, levels=levels, charbonnier=SOFT) - levels * SOFT
 
 
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:

@@ -57,3 +57,44 @@ class Record:
         if self.progress is not None:
             self.progress(self.stage, step, self.total, row["loss"], row["psnr"])
         return row
+
+
+class Keeper:
+    """The weights of the last good check, without a decision of the host in every iteration.
+
+    Before an iteration that will be checked, `look` copies what its values will be measured on. A good check then
+    makes this copy the one to go back to, with `keep`. Copies are made on the device, of iterations that are checked
+    only.
+
+    Args:
+        measured: what the iteration measures before it updates it: the generator's weights, the noise maps, a latent.
+        played: what goes with it, and is updated before the others are measured: the discriminator's weights.
+    """
+
+    def __init__(self, measured: list[Tensor], played: list[Tensor]) -> None:
+        self.measured, self.played = measured, played
+        self.seen = [p.detach().clone() for p in measured]
+        self.good = [p.detach().clone() for p in measured]
+        self.good_played = [p.detach().clone() for p in played]
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Copy what will be measured, as it is before the iteration."""
+        _copy(self.seen, self.measured)
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """The check was good: what was measured is the one to go back to, with what was played."""
+        self.seen, self.good = self.good, self.seen
+        _copy(self.good_played, self.played)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Go back to the last good one."""
+        _copy(self.measured, self.good)
+        _copy(self.played, self.good_played)
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)

@@ -13,97 +13,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from clone_fast.adversary import Adversary
-from clone_fast.errors import DivergenceError, SettingsError
+from clone_fast.capture import Board, Captured, adam, set_rates
+from clone_fast.draws import Draws, Wanted
+from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity, generator_adversarial, paired_cohesion
-from clone_fast.nn import Discriminator, Generator
-from clone_fast.progress import Progress, Record, quick_psnr, ramp
+from clone_fast.memory import full
+from clone_fast.nn import Discriminator, Generator, Precision
+from clone_fast.progress import Keeper, Progress, Record, quick_psnr, ramp
+from clone_fast.settings import TweakSettings
 
-
-@dataclass(frozen=True)
-class TweakSettings:
-    """How the generator is tweaked.
-
-    Attributes:
-        mode: "clone" is the method, "recon" the reconstruction alone (tuning as PTI does it), kept as a yardstick.
-        steps: iterations at most.
-        target_psnr: stop as soon as the clone is that near to the photo, in dB; None to take all steps.
-        local_probability: p, with which the local term joins an iteration.
-        reconstruction_weight: of L_recon, which is a mean over pixels here; in the paper it is a sum.
-        adversarial_weight: lambda, of the local adversarial term; 0 to leave it out.
-        cohesion_weight: of L_global; 1 in the paper, 0 to leave it out.
-        paired_weight: of a second cohesion term, this project's addition: for the same z the tweaked and the original
-            generator shall draw the same image. 0 for the paper's method.
-        edit_weight: of a third one, likewise ours: a random move of the photo's own latent shall change the clone as it
-            changes what the original draws. 0 for the paper's method.
-        edit_reach: how far these moves go at most, as a share of the way from the mean of w to another latent.
-        batch: images that the discriminator sees at once; the clone takes one of these places when it joins.
-        generator_lr, discriminator_lr: of Adam, at the top of the ramp.
-        noise_lr: likewise, of noise maps that belong to the photo alone: no other latent sees them. 0 to leave them.
-        r1_gamma, r1_interval: R1 regularisation of D in every r1_interval-th iteration; gamma 0 for none.
-        saturating: the generator's adversarial terms as the formula stands, log(1 - D), instead of -log D.
-        tune_mapping: move the mapping network as well; the latent is fixed, so only the cohesion terms would.
-        check_every: iterations between two reads of the loss.
-    """
-
-    mode: str = "clone"
-    steps: int = 150
-    target_psnr: float | None = None
-    local_probability: float = 1.0
-    reconstruction_weight: float = 400.0
-    adversarial_weight: float = 1.0
-    cohesion_weight: float = 1.0
-    paired_weight: float = 400.0
-    edit_weight: float = 150.0
-    edit_reach: float = 0.4
-    batch: int = 4
-    generator_lr: float = 0.002
-    discriminator_lr: float = 0.001
-    noise_lr: float = 1.0
-    r1_gamma: float = 0.1
-    r1_interval: int = 16
-    saturating: bool = False
-    tune_mapping: bool = False
-    check_every: int = 5
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("clone", "recon"):
-            raise SettingsError(f"mode must be clone or recon, got {self.mode!r}")
-        if self.steps < 1:
-            raise SettingsError(f"steps must be >= 1, got {self.steps}")
-        if not 0 < self.local_probability <= 1:
-            raise SettingsError(f"local_probability must be in (0, 1], got {self.local_probability}")
-        if self.batch < 2:
-            raise SettingsError(f"batch must be >= 2, one for the clone and one for the rest, got {self.batch}")
-        for name in ("r1_interval", "check_every"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} must be >= 1, got {getattr(self, name)}")
-        weights = ("reconstruction_weight", "adversarial_weight", "cohesion_weight", "paired_weight", "edit_weight")
-        for name in (*weights, "edit_reach", "noise_lr", "r1_gamma"):
-            if not getattr(self, name) >= 0:
-                raise SettingsError(f"{name} must be >= 0, got {getattr(self, name)}")
-
-    @property
-    def adversarial(self) -> bool:
-        """Whether the discriminator takes part."""
-        return self.mode == "clone" and (self.adversarial_weight > 0 or self.cohesion_weight > 0)
-
-    @property
-    def cohesive(self) -> bool:
-        """Whether a term keeps the rest of the manifold in place."""
-        return self.mode == "clone" and (self.cohesion_weight > 0 or self.paired_weight > 0)
-
-    @property
-    def others(self) -> bool:
-        """Whether images of other latents take part."""
-        return self.mode == "clone" and (self.adversarial or self.paired_weight > 0)
+__all__ = ["Tweak", "TweakSettings", "Tweaked", "tweak", "usable"]
 
 
 @dataclass
@@ -115,7 +43,7 @@ class Tweaked:
         latent: the one that was given, with the photo's noise maps where they were moved.
         rows: see `Record`.
         steps: iterations taken.
-        stopped: why it ended: "steps", "target", "interrupted" or "diverged".
+        stopped: why it ended: "steps", "target", "interrupted", "diverged" or "memory" (it was full).
     """
 
     generator: Generator
@@ -145,7 +73,10 @@ def usable(
 
 
 class Tweak:
-    """The networks, optimisers and fixed inputs of one tweak; `step` is one iteration.
+    """The networks, optimisers, draws and fixed inputs of one tweak; `step` is one iteration.
+
+    On a GPU an iteration becomes a CUDA graph, one for each of its variants: with and without the local term, with and
+    without R1. What it needs is on the device before it starts, and what it reports stays there.
 
     real_images: [N, C, R, R], x ~ p_x of the global term. Most users have no training set: without it, what the
         original generator draws for the very z of an iteration serves as its real images.
@@ -164,69 +95,106 @@ class Tweak:
         similarity: Similarity | None = None,
         seed: int = 0,
     ) -> None:
-        self.settings, self.latent, self.photo, self.label = settings, latent, photo, label
-        self.real_images = real_images
-        self.source = torch.Generator().manual_seed(seed)
+        s = settings
+        self.settings, self.latent, self.photo, self.label = s, latent, photo, label
         self.reconstruction = Reconstruction(photo, similarity=similarity)
-        self.original = generator
+        self.original, self.precision = generator, Precision.named(s.precision)
         self.generator = copy.deepcopy(generator).train().requires_grad_(False)
         self.generator.synthesis.requires_grad_(True)
-        self.generator.mapping.requires_grad_(settings.tune_mapping)
-        tuned = [p for p in self.generator.parameters() if p.requires_grad]
+        self.generator.mapping.requires_grad_(s.tune_mapping)
         self.maps = dict(latent.noise)
-        if settings.noise_lr > 0:
+        if s.noise_lr > 0:
             for name, const in generator.synthesis.noise_consts().items():
                 self.maps[name] = self.maps.get(name, const).detach().clone().requires_grad_(True)
-        groups = [
-            {"params": tuned, "peak": settings.generator_lr},
-            {"params": [m for m in self.maps.values() if m.requires_grad], "peak": settings.noise_lr},
+        tuned: list[Tensor] = [p for p in self.generator.parameters() if p.requires_grad]
+        groups: list[tuple[list[Tensor], float]] = [
+            (tuned, s.generator_lr),
+            ([m for m in self.maps.values() if m.requires_grad], s.noise_lr),
         ]
-        self.optimizer = torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.99))
+        self.optimizer = adam([group for group in groups if group[0]], betas=(0.9, 0.99))
         self.adversary: Adversary | None = None
-        if settings.adversarial:
+        if s.adversarial:
             self.adversary = Adversary(
-                usable(discriminator, generator, settings, label, real_images),
-                adversarial_weight=settings.adversarial_weight,
-                cohesion_weight=settings.cohesion_weight,
-                learning_rate=settings.discriminator_lr,
-                r1_gamma=settings.r1_gamma,
-                r1_interval=settings.r1_interval,
+                usable(discriminator, generator, s, label, real_images),
+                adversarial_weight=s.adversarial_weight,
+                cohesion_weight=s.cohesion_weight,
+                learning_rate=s.discriminator_lr,
+                r1_gamma=s.r1_gamma,
+                r1_interval=s.r1_interval,
+                dtype=self.precision.dtype,
             )
-        with torch.no_grad():
-            self.start = latent.draw(generator)
+        with torch.no_grad(), self.precision.active():
+            drawn = _synthesise(generator, [latent.ws], [], [], latent.noise, self.precision.dtype)
+            self.offset = photo - drawn  # what the original lacks: the same after any edit
+        self.pool = real_images if self.adversary is not None else None
+        self.real = photo.new_empty([0 if self.pool is None else s.batch, *photo.shape[1:]])
+        wanted = Wanted(
+            local_probability=s.local_probability if s.cohesive else 1.0,  # else there is nothing else to do
+            batch=s.batch if s.others else 0,
+            reach=s.edit_reach if s.edits else None,
+            real_images=0 if self.pool is None else len(self.pool),
+            real_without_clone=s.cohesion_weight > 0,
+            inputs=s.tune_mapping,
+        )
+        self.draws = Draws(
+            generator, wanted, rate=lambda i: ramp(i, s.steps, up=0.05, down=0.3), total=s.steps, seed=seed
+        )
+        self.board = Board(("loss", "psnr", "recon", "local", "global", "paired", "edit", "loss_d"), photo.device)
+        self.names: dict[bool, tuple[str, ...]] = {}
+        self.iterate = Captured(self._iterate, photo.device)
 
     def modules(self) -> list[nn.Module]:
         """The networks that are moved."""
         return [self.generator] if self.adversary is None else [self.generator, self.adversary.discriminator]
 
     def moved(self) -> list[Tensor]:
-        """All that the optimisers move: weights, and noise maps."""
-        weights = [p for module in self.modules() for p in module.parameters() if p.requires_grad]
-        return [*weights, *(m for m in self.maps.values() if m.requires_grad)]
+        """What the generator's optimiser moves: weights, and noise maps."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def step(self, rate: float, check: Callable[[dict[str, Tensor]], bool] | None = None) -> dict[str, Tensor]:
-        """One iteration, with the learning rates times `rate`.
+    def judged(self) -> list[Tensor]:
+        """What the discriminator's optimiser moves."""
+        return [] if self.adversary is None else list(self.adversary.discriminator.parameters())
 
-        check: sees the values, which are those of the generator's weights before its update, and may return False to
-            leave that update out.
+    def step(self, rate: float | None = None) -> dict[str, Tensor]:
+        """One iteration, with the learning rates of its place on the ramp, or times `rate`; reads nothing back.
 
         Returns:
-            Scalars: "loss", and what took part of "psnr", "recon", "local", "global", "paired", "edit", "loss_d".
+            Scalars, of the weights before the update: "loss", and what took part of "psnr", "recon", "local",
+            "global", "paired", "edit", "loss_d". The next iteration writes the same memory.
         """
-        s = self.settings
-        joins = float(torch.rand([], generator=self.source)) < s.local_probability
-        local = int(joins or not s.cohesive)  # without a global term there is nothing else to do
-        images, before, label = self._draw(local)
+        local, picked = self.draws.next()
+        if rate is not None:
+            self.draws.override_rate(rate)
+        if picked is not None and self.pool is not None and len(picked):
+            chosen = self.pool[picked.to(self.pool.device)]
+            if self.real.is_cuda and not chosen.is_cuda:
+                chosen = chosen.pin_memory()  # or the copy would wait for the GPU
+            self.real[: len(picked)].copy_(chosen, non_blocking=True)
+        turn = self.adversary is not None and (local or self.settings.cohesion_weight > 0)
+        with self.precision.active():
+            self.iterate(local, turn and self.adversary is not None and self.adversary.take_turn())
+        return self.board.read(self.names[local])
+
+    def release(self) -> None:
+        """Let go of what only further iterations need: graphs, and gradients in their memory."""
+        self.iterate.release()
+        for parameter in (*self.moved(), *self.judged()):
+            parameter.grad = None
+
+    def _iterate(self, local: bool, penalised: bool) -> None:
+        """All that an iteration does, on static memory: what a graph replays. penalised: whether R1 joins."""
+        s, rate = self.settings, self.draws.table["rate"]
+        images, before, label, edited, wanted = self._draw(local)
         values: dict[str, Tensor] = {}
         terms: dict[str, Tensor] = {}
         if local:
             values["psnr"] = quick_psnr(images[:1], self.photo)
             terms["recon"] = s.reconstruction_weight * self.reconstruction(images[:1])
         if self.adversary is not None and (local or s.cohesion_weight > 0):
-            real = self._real(before)
+            real = before if self.pool is None else self.real[: len(before)]
             if local:
                 real = torch.cat([self.photo, real])
-            values["loss_d"] = self.adversary.update(real, images.detach(), label, local, rate)
+            values["loss_d"] = self.adversary.update(real, images.detach(), label, local, rate, penalised)
             logits = self.adversary.judge(images, label)
             if local and s.adversarial_weight > 0:
                 terms["local"] = s.adversarial_weight * generator_adversarial(logits[:1], saturating=s.saturating)
@@ -234,72 +202,74 @@ class Tweak:
                 terms["global"] = s.cohesion_weight * generator_adversarial(logits[local:], saturating=s.saturating)
         if s.others and s.paired_weight > 0:
             terms["paired"] = s.paired_weight * paired_cohesion(images[local:], before)
-        if s.mode == "clone" and s.edit_weight > 0 and local:
-            terms["edit"] = s.edit_weight * self._edit()
+        if s.edits and local:
+            terms["edit"] = s.edit_weight * paired_cohesion(edited, wanted)
         loss = torch.stack(list(terms.values())).sum()
-        values = {name: value.detach() for name, value in {"loss": loss, **values, **terms}.items()}
-        if check is None or check(values):
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["peak"] * rate
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-        return values
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        set_rates(self.optimizer, rate)
+        self.optimizer.step()
+        self.draws.table.advance()
+        values = {"loss": loss, **values, **terms}
+        self.board.write(values)
+        self.names[local] = tuple(values)
 
-    def _draw(self, local: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Images of the generator, the clone first if it joins; the original's of the other latents; and labels."""
-        others = self.settings.batch - local if self.settings.others else 0
-        z, c = self.original.sample(others, self.source)
-        ws = self.generator.mapping(z, c) if others else self.latent.ws[:0]
-        with torch.no_grad():
-            before = self.original.synthesis(self.original.mapping(z, c)) if others else self.photo[:0]
-        if local:
-            ws = torch.cat([self.latent.ws, ws])
-            c = c if c is None or self.label is None else torch.cat([self.label, c])
-        images = self.generator.synthesis(ws, noise_mode="const", noise=self._noise(others) if local else None)
-        return images, before, c
-
-    def _edit(self) -> Tensor:
-        """Distance of the clone after a random move of its latent from the photo plus what the original changes."""
-        z, c = self.original.sample(1, self.source)
-        reach = self.settings.edit_reach * float(torch.rand([], generator=self.source))
-        with torch.no_grad():
-            move = self.original.mapping(z, c) - self.original.mapping.w_avg
-            moved = Latent(self.latent.ws + reach * move, self.latent.noise)
-            wanted = self.photo + moved.draw(self.original) - self.start
-        return paired_cohesion(Latent(moved.ws, self.maps).draw(self.generator), wanted)
-
-    def _noise(self, others: int) -> dict[str, Tensor]:
-        """Noise maps of a batch whose first image is the clone: its own, where it has any, then the generator's."""
-        consts = self.generator.synthesis.noise_consts()
-        return {
-            name: torch.cat([own[None, None], consts[name][None, None].expand(others, -1, -1, -1)])
-            for name, own in self.maps.items()
-        }
-
-    def _real(self, before: Tensor) -> Tensor:
-        if self.real_images is None:
-            return before
-        picked = torch.randint(self.real_images.shape[0], [before.shape[0]], generator=self.source)
-        return self.real_images[picked.to(self.real_images.device)].to(before.device)
+    def _draw(self, local: bool | int) -> Drawn:
+        """What the two generators draw in an iteration, each in one batch."""
+        s, table = self.settings, self.draws.table
+        others = s.batch - local if s.others else 0
+        c = table["c"][:others] if others and self.generator.c_dim else None
+        own = [self.latent.ws] if local else []
+        moved = [self.latent.ws + table["move"]] if local and s.edits else []
+        rest = [table["w"][:others, None].expand(-1, self.generator.num_ws, -1)] if others else []
+        before = wanted = self.photo[:0]
+        if rest or moved:
+            with torch.no_grad():
+                known = _synthesise(self.original, [], rest, moved, self.latent.noise, self.precision.dtype)
+            before, wanted = known[:others], self.offset + known[others:]
+        if rest and s.tune_mapping:
+            rest = [self.generator.mapping(table["z"][:others], c)]
+        drawn = _synthesise(self.generator, own, rest, moved, self.maps, self.precision.dtype)
+        if local and c is not None and self.label is not None:
+            c = torch.cat([self.label, c])
+        return Drawn(drawn[: local + others], before, c, drawn[local + others :], wanted)
 
 
-class Keeper:
-    """A copy of weights, to go back to."""
+class Drawn(NamedTuple):
+    """The images of an iteration.
 
-    def __init__(self, live: list[Tensor]) -> None:
-        self.live = live
-        self.kept = [p.detach().clone() for p in live]
+    Attributes:
+        images: [n, C, R, R] of the tweaked generator, the clone first if the local term joins.
+        before: [n or n - 1, C, R, R], what the original draws for the latents other than the photo's.
+        label: [n, c_dim] of `images`, None if unconditional.
+        edited: [1, C, R, R], the clone after a random move of its latent; [0, C, R, R] without edits.
+        wanted: likewise, what it shall be: the photo plus what that move changes in the original's image.
+    """
 
-    @torch.no_grad()
-    def keep(self) -> None:
-        """Copy them as they are."""
-        torch._foreach_copy_(self.kept, self.live)
+    images: Tensor
+    before: Tensor
+    label: Tensor | None
+    edited: Tensor
+    wanted: Tensor
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the kept ones back."""
-        torch._foreach_copy_(self.live, self.kept)
+
+def _synthesise(
+    generator: Generator,
+    own: list[Tensor],
+    rest: list[Tensor],
+    moved: list[Tensor],
+    maps: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Images of ws [n, num_ws, w_dim], of all lists in turn; those in `own` and `moved` have the photo's noise maps."""
+    ws, consts = torch.cat([*own, *rest, *moved]), generator.synthesis.noise_consts()
+    noise = dict(maps) if own + moved and len(ws) == 1 else {}
+    if own + moved and len(ws) > 1:
+        for name, mine in maps.items():
+            parts = [(mine, own), (consts[name], rest), (mine, moved)]
+            noise[name] = torch.cat([value.expand(len(one), 1, -1, -1) for value, group in parts for one in group])
+    images: Tensor = generator.synthesis(ws, noise_mode="const", noise=noise, dtype=dtype)
+    return images
 
 
 COLLAPSE_DB = 8.0  # a PSNR that far below the best so far is not going to recover within the steps of a tweak
@@ -332,57 +302,68 @@ def tweak(
         interrupted: whether Ctrl-C came before; the copies are then returned as they are.
 
     Returns:
-        The tweaked networks. Ctrl-C, a loss that is not finite, or a PSNR that collapses end the tweak with the
-        weights of the last good check.
+        The tweaked networks. Ctrl-C, a loss that is not finite, a PSNR that collapses, or a memory that is full
+        (with a RuntimeWarning) end the tweak with the weights of the last good check.
 
     Raises:
         SettingsError: the settings need a discriminator or a label that was not given.
         DivergenceError: the loss was not finite from the first step on.
+        MemoryLimitError: the first iteration does not fit into the device's memory.
     """
-    work = Tweak(
-        generator,
-        discriminator,
-        latent,
-        photo,
-        settings,
-        real_images=real_images,
-        label=label,
-        similarity=similarity,
-        seed=seed,
-    )
+    try:
+        work = Tweak(
+            generator,
+            discriminator,
+            latent,
+            photo,
+            settings,
+            real_images=real_images,
+            label=label,
+            similarity=similarity,
+            seed=seed,
+        )
+        keeper = Keeper(work.moved(), work.judged())
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimitError(full("tweak", generator.arch, photo.device, settings)) from error
     record = Record("tweak", settings.steps, settings.check_every, progress)
-    keeper = Keeper(work.moved())
     stopped, step, best = "interrupted" if interrupted else "", 0, -math.inf
-    psnr = torch.full([], math.nan, device=photo.device)
-
-    def check(values: dict[str, Tensor]) -> bool:
-        nonlocal psnr, best, stopped
-        fresh = "psnr" in values  # an iteration without the local term says nothing new of the clone
-        psnr = values.pop("psnr", psnr)
-        if not record.due(step):
-            return True
-        row = record.add(step, values.pop("loss"), psnr, **values)
-        best = max(best, row["psnr"])
-        if not math.isfinite(row["loss"]) or row["psnr"] < best - COLLAPSE_DB:
-            stopped = "diverged"
-        else:
-            keeper.keep()
-            if fresh and settings.target_psnr is not None and row["psnr"] >= settings.target_psnr:
-                stopped = "target"
-        return not stopped
-
     try:
         while not stopped and step < settings.steps:
             step += 1
-            work.step(ramp(step - 1, settings.steps, up=0.05, down=0.3), check)
+            due = record.due(step)
+            if due:
+                keeper.look()
+            values = work.step()
+            if not due:
+                continue
+            fresh = "psnr" in values  # an iteration without the local term says nothing new of the clone
+            loss, psnr = values.pop("loss"), work.board.slots["psnr"]
+            values.pop("psnr", None)
+            row = record.add(step, loss, psnr, **values)
+            best = max(best, row["psnr"])
+            if not math.isfinite(row["loss"]) or row["psnr"] < best - COLLAPSE_DB:
+                stopped = "diverged"
+            else:
+                keeper.keep()
+                if fresh and settings.target_psnr is not None and row["psnr"] >= settings.target_psnr:
+                    stopped = "target"
     except KeyboardInterrupt:
         stopped = "interrupted"
+    except torch.OutOfMemoryError:
+        stopped = "memory"
+    if stopped == "memory":
+        work.release()
+        message = full("tweak", generator.arch, photo.device, settings)
+        if not record.rows:
+            raise MemoryLimitError(message)
+        warnings.warn(f"{message}; the weights of the last check are kept", RuntimeWarning, stacklevel=2)
     if not stopped and not all(torch.isfinite(value).all() for value in work.moved()):
         stopped = "diverged"  # in the very last update, which no check has seen
     if stopped == "diverged" and len(record.rows) == 1:
         raise DivergenceError("the tweak is not finite from the first step on; nothing was changed")
-    if stopped in ("diverged", "interrupted"):
+    if stopped:
         keeper.restore()
+    work.release()
     for module in work.modules():
         module.eval().requires_grad_(False)
     judge = copy.deepcopy(discriminator) if work.adversary is None else work.adversary.discriminator

@@ -389,7 +389,14 @@ def test_lpips_takes_the_place_of_the_pyramid(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     "changes",
-    [{"space": "z"}, {"steps": -1}, {"similarity": "vgg"}, {"start_samples": 0}, {"check_every": 0}],
+    [
+        {"space": "z"},
+        {"precision": "int8"},
+        {"steps": -1},
+        {"similarity": "vgg"},
+        {"start_samples": 0},
+        {"check_every": 0},
+    ],
     ids=str,
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:

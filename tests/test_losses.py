@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from clone_fast.losses import (
+    SOFT,
     Reconstruction,
     discriminator_adversarial,
     generator_adversarial,
@@ -24,6 +25,7 @@ from clone_fast.losses import (
     pyramid_levels,
     r1_penalty,
 )
+from clone_fast.ops import laplacian_pyramid
 from clone_fast.reference import convolution
 from clone_fast.reference.convolution import _Convolution, _TransposedConvolution, fast_double_backward
 
@@ -100,6 +102,23 @@ def test_paired_cohesion_is_the_pyramid_distance_over_the_batch() -> None:
     bands = naive.laplacian_pyramid(naive.array(after - before), 3)
     want = sum((np.sqrt(band**2 + grey**2) - grey).mean() for band in bands)
     assert paired_cohesion(after, before).item() == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1e-4, 0.01, 1.0])
+def test_paired_cohesion_is_its_formula_band_by_band(scale: float, dtype: torch.dtype) -> None:
+    """Value and gradient of the fused loss less its constant, where the images are nearly the same as well."""
+    before, change = rand(2, 3, 32, 32, seed=1), rand(2, 3, 32, 32, seed=2)
+    after = (before + scale * change).to(dtype).requires_grad_(True)
+    before = before.to(dtype)
+    exact = after.detach().double().requires_grad_(True)
+    bands = laplacian_pyramid(exact - before.double(), levels=4)
+    want = torch.stack([((b.square() + SOFT**2).sqrt() - SOFT).mean() for b in bands]).sum()
+    got = paired_cohesion(after, before)
+    rounding = torch.finfo(dtype).eps
+    assert got.item() == pytest.approx(want.item(), rel=30 * rounding, abs=4 * SOFT * 2 * rounding)
+    (slope,), (exact_slope,) = torch.autograd.grad(got, after), torch.autograd.grad(want, exact)
+    torch.testing.assert_close(slope.double(), exact_slope, rtol=0, atol=40 * rounding * float(exact_slope.abs().max()))
 
 
 # ---- adversarial terms ---------------------------------------------------------------------------------------------

@@ -329,7 +329,7 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     low_image = copy.deepcopy(g).to(dtype)(z.to(dtype), noise_mode="const")
     low_logits = copy.deepcopy(d).to(dtype)(image.to(dtype))
     assert low_image.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert low_logits.dtype == dtype
+    assert low_logits.dtype == low_image.dtype
     for low, high in ((low_image, image), (low_logits, logits)):
         error = (low.double() - high).abs().max() / high.abs().max()
         assert error <= 20 * torch.finfo(dtype).eps
@@ -367,8 +367,8 @@ def test_bad_arguments() -> None:
         (lambda: g.mapping(None), r"z must be \[N, 5\], got None"),
         (lambda: gc(z), r"c must be \[N, 3\], got None"),
         (lambda: gc(z, torch.zeros(2, 4)), r"c must be \[N, 3\], got \[2, 4\]"),
-        (lambda: g.synthesis(torch.randn(1, 5, 6)), r"ws must be \[N, 6, 6\], got \[1, 5, 6\]"),
-        (lambda: g.synthesis(torch.randn(6, 6)), r"ws must be \[N, 6, 6\], got \[6, 6\]"),
+        (lambda: g.synthesis(torch.randn(1, 5, 6)), r"ws must be \[N, 6 or 1, 6\], got \[1, 5, 6\]"),
+        (lambda: g.synthesis(torch.randn(6, 6)), r"ws must be \[N, 6 or 1, 6\], got \[6, 6\]"),
         (lambda: g(z, noise_mode="fixed"), "noise_mode must be one of const, random, none, got 'fixed'"),
         (
             lambda: g.synthesis(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clone_fast.nn import Architecture, Discriminator, Generator
 from clone_fast.nn.discriminator import minibatch_stddev
+from clone_fast.nn.generator import Prepared
 from clone_fast.nn.layers import Conv2dLayer, FullyConnectedLayer, normalize_2nd_moment
 
 LABELS = torch.eye(3, dtype=torch.float64)[[0, 1, 2, 1]]
@@ -139,12 +140,15 @@ def test_update_of_the_mean_latent() -> None:
 
 
 def test_torgb_scales_its_styles_and_does_not_demodulate() -> None:
-    layer = generator().synthesis.b16.torgb
+    g = generator()
+    layer = g.synthesis.b16.torgb
     torch.nn.init.normal_(layer.bias)
-    x, w = double(2, 4, 16, 16), double(2, 6)
-    styles = naive.array(layer.affine(w)) / 4**0.5
+    x, ws = double(2, 4, 16, 16), double(2, 6, 6)
+    given = g.synthesis.styles(ws)["b16.torgb"]
+    styles = naive.array(layer.affine(ws[:, 5])) / 4**0.5
     want = np.einsum("oi,ni,nihw->nohw", naive.array(layer.weight)[:, :, 0, 0], styles, naive.array(x))
-    assert_same(layer(x, w), want + naive.array(layer.bias)[:, None, None])
+    assert_same(given, styles)
+    assert_same(layer(x, Prepared(given, layer.bias)), want + naive.array(layer.bias)[:, None, None])
 
 
 @pytest.mark.parametrize("index", range(6))
@@ -159,19 +163,27 @@ def test_which_layers_read_which_latent(index: int) -> None:
         ["b16.torgb"],
     ]
     g, ws = generator(), double(1, 6, 6)
-    seen: dict[str, Tensor] = {}
-    for name, module in g.synthesis.named_modules():
-        if name.endswith("affine"):
-            module.register_forward_hook(
-                lambda module, args, out, name=name: seen.update({name.removesuffix(".affine"): args[0]})
-            )
-    before = g.synthesis(ws)
-    first = dict(seen)
     moved = ws.clone()
     moved[:, index] += 1
-    after = g.synthesis(moved)
-    assert [name for name in first if not torch.equal(first[name], seen[name])] == readers[index]
-    assert not torch.equal(before, after)
+    first, then = g.synthesis.styles(ws), g.synthesis.styles(moved)
+    assert [name for name in first if not torch.equal(first[name], then[name])] == readers[index]
+    assert not torch.equal(g.synthesis(ws), g.synthesis(moved))
+
+
+def test_styles_are_those_of_every_affine_layer() -> None:
+    """All made at once: each is what its layer says of its latent, that of torgb over the root of its channels."""
+    g, ws = generator(), double(2, 6, 6)
+    reads = dict(zip(g.synthesis.styles(ws), [0, 1, 1, 2, 3, 3, 4, 5], strict=True))
+    assert list(reads)[:4] == ["b4.conv1", "b4.torgb", "b8.conv0", "b8.conv1"]
+    for name, styles in g.synthesis.styles(ws).items():
+        affine = g.synthesis.get_submodule(f"{name}.affine")
+        want = naive.array(affine(ws[:, reads[name]])) / (styles.shape[1] if "torgb" in name else 1) ** 0.5
+        assert_same(styles, want)
+
+
+def test_one_latent_for_all_layers() -> None:
+    g, w = generator(), double(2, 1, 6)
+    assert_same(g.synthesis(w), naive.array(g.synthesis(w.expand(-1, 6, -1))))
 
 
 def test_modes_of_noise() -> None:

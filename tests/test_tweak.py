@@ -16,7 +16,7 @@ from torch import Tensor
 from clone_fast import tweak as tweak_module
 from clone_fast.errors import DivergenceError, SettingsError
 from clone_fast.latent import Latent
-from clone_fast.nn import Discriminator, Generator, MappingNetwork, Network
+from clone_fast.nn import Discriminator, Generator, MappingNetwork, Network, SynthesisNetwork
 from clone_fast.progress import Record
 from clone_fast.tweak import COLLAPSE_DB, Tweak, Tweaked, TweakSettings
 
@@ -75,6 +75,28 @@ def test_the_clone_comes_nearer_to_the_photo(changes: dict[str, Any]) -> None:
     done = run(net, tiny.settings(steps=30, reconstruction_weight=100.0, **changes), latent)
     assert done.stopped == "steps"
     assert psnr(done.generator, done.latent) > psnr(net.generator, latent) + 1.5
+
+
+@pytest.mark.parametrize("mode", ["clone", "recon"])
+def test_the_clone_comes_nearer_in_bfloat16(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every image of both networks is computed in it, the weights stay float32, and the result is drawn in float32."""
+    seen: set[Any] = set()
+    for network in (SynthesisNetwork, Discriminator):
+        forward = network.forward
+
+        def watched(self: Any, *args: Any, forward: Any = forward, **more: Any) -> Tensor:
+            seen.add(more.get("dtype"))
+            image: Tensor = forward(self, *args, **more)
+            return image
+
+        monkeypatch.setattr(network, "forward", watched)
+    net = tiny.network()
+    latent = tiny.latent(net)
+    done = run(net, tiny.settings(steps=30, reconstruction_weight=100.0, precision="bf16", mode=mode), latent)
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in done.generator.parameters()} == {torch.float32}
+    assert psnr(done.generator, done.latent) > psnr(net.generator, latent) + 1.5
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_cohesion_keeps_other_images_nearer_to_where_they_were() -> None:
@@ -358,6 +380,7 @@ def test_a_batch_that_ds_groups_do_not_divide_is_refused(batch: int) -> None:
     "changes",
     [
         {"mode": "pti"},
+        {"precision": "int8"},
         {"steps": 0},
         {"local_probability": 0.0},
         {"local_probability": 1.1},

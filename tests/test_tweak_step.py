@@ -155,6 +155,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "without edits": (0, {"edit_weight": 0.0}),
     "noise maps stay": (0, {"noise_lr": 0.0}),
     "two images": (0, {"batch": 2}),
+    "two images without edits": (0, {"batch": 2, "edit_weight": 0.0}),
     "two groups": (0, {"batch": 8}),
 }
 
@@ -292,7 +293,7 @@ def test_the_latents_noise_maps_draw_the_clone_and_no_other_image() -> None:
     for noise in latent.noise.values():
         noise.fill_(math.nan)
     work = Tweak(net.generator, net.discriminator, latent, PHOTO, tiny.settings())
-    images, before, _ = work._draw(1)
+    images, before, *_ = work._draw(1)
     assert bool(images[0].isnan().all())
     torch.testing.assert_close(images[1:], before)
 

@@ -7,17 +7,20 @@ Abdal et al. 2019 (Image2StyleGAN) for W+.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clone_fast.errors import DivergenceError, SettingsError
+from clone_fast.capture import ROWS, Board, Captured, Table, adam, set_rates
+from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity
-from clone_fast.nn import Generator
-from clone_fast.progress import Progress, Record, quick_psnr, ramp
+from clone_fast.memory import full
+from clone_fast.nn import PRECISIONS, Generator, Precision
+from clone_fast.progress import Keeper, Progress, Record, quick_psnr, ramp
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class LatentSettings:
         exploration: standard deviation of the noise on w at the start, in units of w's own; gone at 3/4 of the way.
         start_samples: random latents for the mean and spread of w, and to choose the start among.
         similarity: "laplacian" (pyramid and mean square) or "lpips" (needs the lpips extra and its weights).
+        precision: what the generator computes in, see `clone_fast.nn.PRECISIONS`.
         check_every: steps between two reads of the loss.
     """
 
@@ -44,11 +48,14 @@ class LatentSettings:
     exploration: float = 0.05
     start_samples: int = 512
     similarity: str = "laplacian"
+    precision: str = "fp32"
     check_every: int = 5
 
     def __post_init__(self) -> None:
         if self.space not in ("w", "w+"):
             raise SettingsError(f"space must be w or w+, got {self.space!r}")
+        if self.precision not in PRECISIONS:
+            raise SettingsError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.steps < 0:
             raise SettingsError(f"the steps of the latent must be >= 0, got {self.steps}")
         for name in ("start_samples", "check_every"):
@@ -124,6 +131,85 @@ def _nearest(generator: Generator, photo: Tensor, w: Tensor) -> Tensor:
     return tried[torch.cat(errors).argmin()]
 
 
+class Search:
+    """The latent, its optimiser and the draws of one search; `step` is one iteration, a CUDA graph where possible."""
+
+    def __init__(
+        self, generator: Generator, photo: Tensor, settings: LatentSettings, *, start: Latent | None, seed: int
+    ) -> None:
+        self.generator, self.photo, self.settings = generator, photo, settings
+        self.precision = Precision.named(settings.precision)
+        source = torch.Generator().manual_seed(seed)
+        similarity = lpips_similarity(photo.device) if settings.similarity == "lpips" else None
+        self.loss_of = Reconstruction(photo, similarity=similarity)
+        w = _sample_w(generator, settings.start_samples, source)
+        spread = float((w - w.mean(dim=0)).square().sum(dim=1).mean().sqrt())
+        first = _nearest(generator, photo, w) if start is None else start.ws.to(photo.device)
+        base = Latent.expanded(first, generator)
+        if settings.space == "w" and settings.steps > 0:
+            base = base.mean(dim=1, keepdim=True)
+        self.ws = base.detach().clone().requires_grad_(True)
+        self.maps = dict(start.noise) if start is not None else {}
+        if settings.noise_maps:
+            for name, const in generator.synthesis.noise_consts().items():
+                self.maps[name] = self.maps.get(name, const).detach().clone().requires_grad_(True)
+        self.tuned = [self.ws, *(m for m in self.maps.values() if m.requires_grad)]
+        self.optimizer = adam([(self.tuned, settings.learning_rate)], betas=(0.9, 0.99))
+        self.spread, self.source = spread / math.sqrt(generator.w_dim), source
+        self.taken, self.size = 0, min(settings.steps, ROWS)
+        self.table = Table(self._draw(), photo.device)
+        self.board = Board(("loss", "psnr"), photo.device)
+        self.iterate = Captured(self._iterate, photo.device)
+
+    def latent(self) -> Latent:
+        """A copy of it as it is."""
+        ws = self.ws.detach().expand(-1, self.generator.num_ws, -1).clone()
+        return Latent(ws, {name: noise.detach().clone() for name, noise in self.maps.items()})
+
+    def step(self) -> None:
+        """One iteration; the board then holds loss and PSNR of the latent before its update."""
+        if self.taken and self.taken % self.size == 0:
+            self.table.refill(self._draw())
+        self.taken += 1
+        with self.precision.active():
+            self.iterate()
+
+    def release(self) -> None:
+        """Let go of what only further iterations need: the graph, and gradients in its memory."""
+        self.iterate.release()
+        for tensor in self.tuned:
+            tensor.grad = None
+
+    def _draw(self) -> dict[str, Tensor]:
+        """The rows of the next iterations: "rate" [], and "jitter" of the shape of ws, the noise on w."""
+        total, rates, jitter = self.settings.steps, [], []
+        for step in range(self.taken, self.taken + self.size):
+            rates.append(ramp(step, total, up=0.05, down=0.25))
+            strength = self.settings.exploration * self.spread * max(0.0, 1 - step / (0.75 * total)) ** 2
+            jitter.append(torch.randn(self.ws.shape, generator=self.source) * strength)
+        rows = torch.stack(jitter) if jitter else torch.zeros(0, *self.ws.shape)
+        return {"rate": torch.tensor(rates), "jitter": rows}
+
+    def _iterate(self) -> None:
+        """All that an iteration does, on static memory: what a graph replays."""
+        s = self.settings
+        ws = (self.ws + self.table["jitter"]).expand(-1, self.generator.num_ws, -1)
+        image = self.generator.synthesis(ws, noise_mode="const", noise=self.maps, dtype=self.precision.dtype)
+        loss = self.loss_of(image)
+        if s.noise_maps:
+            structure = [noise_structure(m) for m in self.maps.values()]
+            loss = loss + s.noise_regularization * torch.stack(structure).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.board.write({"loss": loss, "psnr": quick_psnr(image, self.photo)})
+        set_rates(self.optimizer, self.table["rate"])
+        self.optimizer.step()
+        with torch.no_grad():
+            for m in self.tuned[1:]:  # keep the maps at zero mean and unit variance
+                m.sub_(m.mean()).mul_(m.square().mean().rsqrt())
+        self.table.advance()
+
+
 def optimise(
     generator: Generator,
     photo: Tensor,
@@ -142,68 +228,48 @@ def optimise(
         progress: called at every check.
 
     Returns:
-        The latent found. Ctrl-C ends the search with the latent so far. With 0 steps, the start itself.
+        The latent found. Ctrl-C, or a memory that is full (with a RuntimeWarning), end the search with the latent of
+        the last check. With 0 steps, the start itself.
 
     Raises:
         DivergenceError: the loss was not finite from the first step on.
+        MemoryLimitError: the first step does not fit into the device's memory.
         SettingsError: lpips was asked for and is not there.
     """
-    source = torch.Generator().manual_seed(seed)
-    similarity = lpips_similarity(photo.device) if settings.similarity == "lpips" else None
-    loss_of = Reconstruction(photo, similarity=similarity)
-    w = _sample_w(generator, settings.start_samples, source)
-    spread = float((w - w.mean(dim=0)).square().sum(dim=1).mean().sqrt())
-    first = _nearest(generator, photo, w) if start is None else start.ws.to(photo.device)
-    base = Latent.expanded(first, generator)
-    if settings.space == "w" and settings.steps > 0:
-        base = base.mean(dim=1, keepdim=True)
-    ws = base.detach().clone().requires_grad_(True)
-    maps = dict(start.noise) if start is not None else {}
-    if settings.noise_maps:
-        for name, const in generator.synthesis.noise_consts().items():
-            maps[name] = maps.get(name, const).detach().clone().requires_grad_(True)
-    tuned = [ws, *(m for m in maps.values() if m.requires_grad)]
-    optimizer = torch.optim.Adam(tuned, lr=settings.learning_rate, betas=(0.9, 0.99))
+    work = Search(generator, photo, settings, start=start, seed=seed)
     record = Record("latent", settings.steps, settings.check_every, progress)
-
-    def current() -> Latent:
-        expanded = ws.detach().expand(-1, generator.num_ws, -1).clone()
-        return Latent(expanded, {name: noise.detach().clone() for name, noise in maps.items()})
-
-    good, interrupted = current(), False
+    keeper = Keeper(work.tuned, [])
+    interrupted = diverged = memory = False
     required = [p.requires_grad for p in generator.parameters()]
     generator.requires_grad_(False)
     try:
         for step in range(1, settings.steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * ramp(step - 1, settings.steps, up=0.05, down=0.25)
-            strength = settings.exploration * spread / math.sqrt(generator.w_dim)
-            strength *= max(0.0, 1 - (step - 1) / (0.75 * settings.steps)) ** 2
-            jitter = torch.randn(ws.shape, generator=source).to(ws.device) * strength
-            image = generator.synthesis((ws + jitter).expand(-1, generator.num_ws, -1), noise_mode="const", noise=maps)
-            loss = loss_of(image)
-            if settings.noise_maps:
-                loss = loss + settings.noise_regularization * sum(
-                    (noise_structure(m) for m in maps.values()), start=loss.new_zeros([])
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if record.due(step):
-                row = record.add(step, loss, quick_psnr(image, photo))
-                if not math.isfinite(row["loss"]):
-                    if len(record.rows) == 1:
-                        raise DivergenceError("the search of the latent is not finite from the first step on")
-                    break
-                good = current()
-            optimizer.step()
-            with torch.no_grad():
-                for m in tuned[1:]:  # keep the maps at zero mean and unit variance
-                    m.sub_(m.mean()).mul_(m.square().mean().rsqrt())
-        else:
-            good = current()
+            due = record.due(step)
+            if due:
+                keeper.look()
+            work.step()
+            if not due:
+                continue
+            row = record.add(step, **work.board.slots)
+            if not math.isfinite(row["loss"]):
+                if len(record.rows) == 1:
+                    raise DivergenceError("the search of the latent is not finite from the first step on")
+                diverged = True
+                break
+            keeper.keep()
     except KeyboardInterrupt:
         interrupted = True
+    except torch.OutOfMemoryError:
+        memory = True
     finally:
+        work.release()
         for parameter, flag in zip(generator.parameters(), required, strict=True):
             parameter.requires_grad_(flag)
-    return Outcome(good, record.rows, interrupted)
+    if memory:
+        message = full("latent", generator.arch, photo.device)
+        if not record.rows:
+            raise MemoryLimitError(message)
+        warnings.warn(f"{message}; the latent of the last check is kept", RuntimeWarning, stacklevel=2)
+    if interrupted or diverged or memory:
+        keeper.restore()
+    return Outcome(work.latent(), record.rows, interrupted)

@@ -6,5 +6,15 @@ from clone_fast.nn.architecture import Architecture
 from clone_fast.nn.discriminator import Discriminator
 from clone_fast.nn.generator import Generator, MappingNetwork, SynthesisNetwork
 from clone_fast.nn.network import Network
+from clone_fast.nn.precision import PRECISIONS, Precision
 
-__all__ = ["Architecture", "Discriminator", "Generator", "MappingNetwork", "Network", "SynthesisNetwork"]
+__all__ = [
+    "PRECISIONS",
+    "Architecture",
+    "Discriminator",
+    "Generator",
+    "MappingNetwork",
+    "Network",
+    "Precision",
+    "SynthesisNetwork",
+]

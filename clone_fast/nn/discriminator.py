@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from clone_fast.nn.architecture import RESAMPLE_TAPS, Architecture
 from clone_fast.nn.generator import MappingNetwork
-from clone_fast.nn.layers import Conv2dLayer, FullyConnectedLayer, fast_layout
+from clone_fast.nn.layers import Conv2dLayer, FullyConnectedLayer, at_least_float32, fast_layout, in_one_go
+from clone_fast.nn.tables import bias_table
 from clone_fast.ops import setup_filter
 
 
@@ -27,15 +31,20 @@ class DiscriminatorBlock(nn.Module):
         self.conv1 = Conv2dLayer(channels, below, 3, activation="lrelu", down=2, conv_clamp=clamp)
         self.skip = Conv2dLayer(channels, below, 1, bias=False, down=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, biases: Mapping[str, Tensor] | None = None) -> Tensor:
+        """biases: of fromrgb, conv0 and conv1 as these take them, by name; None: made there."""
+        biases = biases or {}
         if hasattr(self, "fromrgb"):
-            x = self.fromrgb(x)
+            x = self.fromrgb(x, bias=biases.get("fromrgb"))
         # each branch at sqrt(1/2), so that the sum keeps the variance
-        return self.skip(x, gain=0.5**0.5) + self.conv1(self.conv0(x), gain=0.5**0.5)
+        y = self.conv1(self.conv0(x, bias=biases.get("conv0")), gain=0.5**0.5, bias=biases.get("conv1"))
+        return self.skip(x, gain=0.5**0.5) + y
 
 
 def minibatch_stddev(x: Tensor, group_size: int | None, num_channels: int) -> Tensor:
     """Append to [N, C, H, W] the mean standard deviation within groups of samples (Karras et al. 2018, section 3).
+
+    Computed in float32 at least, appended in x's dtype.
 
     Sample n belongs to group n mod (N / group_size); in a group of one the feature is the constant 1e-4.
 
@@ -46,10 +55,11 @@ def minibatch_stddev(x: Tensor, group_size: int | None, num_channels: int) -> Te
     group = n if group_size is None else min(group_size, n)
     if n % group:
         raise ValueError(f"the batch must be a multiple of the discriminator's group size {group}, got {n}")
-    y = x.reshape(group, -1, num_channels, c // num_channels, h, w)  # [G, N/G, F, C/F, H, W]
-    y = (y - y.mean(dim=0)).square().mean(dim=0)
-    y = (y + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N/G, F]
-    return torch.cat([x, y.reshape(-1, num_channels, 1, 1).repeat(group, 1, h, w)], dim=1)
+    y = x.to(at_least_float32(x.dtype))
+    y = y.reshape(group, -1, num_channels, c // num_channels, h, w)  # [G, N/G, F, C/F, H, W]
+    y = (y.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N/G, F]
+    y = y.to(x.dtype).repeat(group, 1)  # [N, F]
+    return torch.cat([x, y[:, :, None, None].expand(-1, -1, h, w)], dim=1)
 
 
 class DiscriminatorEpilogue(nn.Module):
@@ -67,10 +77,13 @@ class DiscriminatorEpilogue(nn.Module):
         self.fc = FullyConnectedLayer(channels * 16, channels, activation="lrelu")
         self.out = FullyConnectedLayer(channels, out_features)
 
-    def features(self, x: Tensor, group_size: int | None) -> Tensor:
+    def features(self, x: Tensor, group_size: int | None, bias: Tensor | None = None) -> Tensor:
+        """[N, channels, 4, 4] to [N, channels], float32 at least. bias: of conv, as it takes it."""
         if self.num_channels > 0:
             x = minibatch_stddev(x, group_size, self.num_channels)
-        features: Tensor = self.fc(self.conv(x).flatten(1))
+        x = self.conv(x, bias=bias)
+        x = x.to(at_least_float32(x.dtype), memory_format=torch.contiguous_format)
+        features: Tensor = self.fc(x.flatten(1))
         return features
 
 
@@ -88,11 +101,29 @@ class Discriminator(nn.Module):
             self.mapping = MappingNetwork(0, arch.c_dim, label_dim, None, num_layers=8, w_avg_beta=None)
         self.b4 = DiscriminatorEpilogue(arch, label_dim or 1)
 
-    def features(self, img: Tensor, *, per_image: bool = False) -> Tensor:
-        """The activations [N, channels(4)] before the last layer.
+    def _biased(self) -> list[tuple[str, Any]]:
+        """The convolutions that have a bias, by name, in the order of `bias_table`."""
+        names = [f"b{r}.{layer}" for r in self.block_resolutions for layer in ("conv0", "conv1")]
+        names = [f"b{self.arch.img_resolution}.fromrgb", *names, "b4.conv"]
+        return [(name, self.get_submodule(name)) for name in names]
+
+    def _biases(self, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+        """By block and layer what the convolutions take for a bias in this dtype: made for all of them at once."""
+        layers, factor = self._biased(), None
+        values = [layer.bias for _, layer in layers]
+        if layers[0][1].folds(dtype):
+            factor = bias_table(self.arch, values[0].device).to(values[0].dtype).sqrt()
+        found: dict[str, dict[str, Tensor]] = {}
+        for (name, _), value in zip(layers, in_one_go(values, dtype, factor), strict=True):
+            block, _, layer = name.partition(".")
+            found.setdefault(block, {})[layer] = value
+        return found
+
+    def features(self, img: Tensor, *, per_image: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """The activations [N, channels(4)] before the last layer, float32 at least.
 
         per_image: leave every image in a group of its own, so that the features of one do not depend on the rest of
-        its batch.
+        its batch. dtype: of the convolutions' activations, see `PRECISIONS`; None for img's.
 
         Raises:
             ValueError: img has another shape, or N is no multiple of the minibatch group.
@@ -100,18 +131,20 @@ class Discriminator(nn.Module):
         wanted = (self.arch.img_channels, self.arch.img_resolution, self.arch.img_resolution)
         if img.ndim != 4 or tuple(img.shape[1:]) != wanted:
             raise ValueError(f"img must be [N, {wanted[0]}, {wanted[1]}, {wanted[2]}], got {list(img.shape)}")
-        x = fast_layout(img)
+        x = fast_layout(img, dtype)
+        biases = self._biases(x.dtype)
         for resolution in self.block_resolutions:
-            x = self.get_submodule(f"b{resolution}")(x)
-        return self.b4.features(x, 1 if per_image else self.b4.group_size)
+            name = f"b{resolution}"
+            x = self.get_submodule(name)(x, biases[name])
+        return self.b4.features(x, 1 if per_image else self.b4.group_size, biases["b4"]["conv"])
 
-    def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
-        """Logits [N, 1]: the higher, the more real.
+    def forward(self, img: Tensor, c: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Logits [N, 1], float32 at least: the higher, the more real. dtype: as in `features`.
 
         Raises:
             ValueError: img or c has another shape or is missing, or N is no multiple of the minibatch group.
         """
-        logits: Tensor = self.b4.out(self.features(img))
+        logits: Tensor = self.b4.out(self.features(img, dtype=dtype))
         if self.arch.c_dim == 0:
             return logits
         label = self.mapping(None, c)

@@ -6,14 +6,23 @@ networks, so that their weights draw the same image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clone_fast.nn.architecture import RESAMPLE_TAPS, Architecture
-from clone_fast.nn.layers import FullyConnectedLayer, fast_layout, normalize_2nd_moment
+from clone_fast.nn.layers import (
+    FullyConnectedLayer,
+    at_least_float32,
+    fast_layout,
+    in_one_go,
+    limit_in,
+    normalize_2nd_moment,
+)
+from clone_fast.nn.tables import style_table
 from clone_fast.ops import modulated_conv2d, setup_filter, upsample2d
 from clone_fast.ops.bias_act import ACTIVATIONS
 
@@ -81,19 +90,32 @@ class MappingNetwork(nn.Module):
             x = self.get_submodule(f"fc{i}")(x)
         if self.num_ws is None:
             return x
-        ws = x[:, None].expand(-1, self.num_ws, -1)
-        if truncation_psi == 1:
+        w = x[:, None]
+        truncated = w if truncation_psi == 1 else self.w_avg.lerp(w, truncation_psi)
+        ws = truncated.expand(-1, self.num_ws, -1)
+        if truncation_psi == 1 or truncation_cutoff is None:
             return ws
-        truncated = self.w_avg.lerp(ws, truncation_psi)
-        if truncation_cutoff is None:
-            return truncated
-        return torch.cat([truncated[:, :truncation_cutoff], ws[:, truncation_cutoff:]], dim=1)
+        return torch.cat([ws[:, :truncation_cutoff], w.expand(-1, self.num_ws, -1)[:, truncation_cutoff:]], dim=1)
 
     @torch.no_grad()
     def update_w_avg(self, ws: Tensor) -> None:
         """Move w_avg towards the mean of ws [N, num_ws, w_dim]; only training calls this, a forward never does."""
         if self.w_avg_beta is not None:
             self.w_avg.lerp_(ws[:, 0].mean(dim=0), 1 - self.w_avg_beta)
+
+
+class Prepared(NamedTuple):
+    """What a layer of the synthesis network takes besides its image and weights, made for all layers at once.
+
+    Attributes:
+        styles: [N, in_channels], the factors of the input channels.
+        bias: [out_channels].
+        noise_strength: scalar; None where the layer takes no noise.
+    """
+
+    styles: Tensor
+    bias: Tensor
+    noise_strength: Tensor | None = None
 
 
 class SynthesisLayer(nn.Module):
@@ -122,7 +144,7 @@ class SynthesisLayer(nn.Module):
         self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS))
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
 
-    def forward(self, x: Tensor, w: Tensor, noise_mode: str, noise: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, given: Prepared, noise_mode: str, noise: Tensor | None = None) -> Tensor:
         if noise is None and noise_mode == "const":
             noise = self.noise_const
         elif noise is None and noise_mode == "random":
@@ -130,15 +152,15 @@ class SynthesisLayer(nn.Module):
         return modulated_conv2d(
             x,
             self.weight,
-            self.affine(w),
+            given.styles,
             up=self.up,
             resample_filter=self.resample_filter.float(),
             noise=noise,
-            noise_strength=self.noise_strength,
-            bias=self.bias,
+            noise_strength=given.noise_strength,
+            bias=given.bias,
             act="lrelu",
             gain=self.act_gain,
-            clamp=self.conv_clamp,
+            clamp=limit_in(x.dtype, self.conv_clamp),
         )
 
 
@@ -151,11 +173,11 @@ class ToRGBLayer(nn.Module):
         self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1.0)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.weight_gain = 1 / in_channels**0.5
 
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        styles = self.affine(w) * self.weight_gain
-        return modulated_conv2d(x, self.weight, styles, demodulate=False, bias=self.bias, clamp=self.conv_clamp)
+    def forward(self, x: Tensor, given: Prepared) -> Tensor:
+        """given.styles: what the affine layer says over the square root of in_channels, in place of a demodulation."""
+        limit = limit_in(x.dtype, self.conv_clamp)
+        return modulated_conv2d(x, self.weight, given.styles, demodulate=False, bias=given.bias, clamp=limit)
 
 
 class SynthesisBlock(nn.Module):
@@ -178,18 +200,28 @@ class SynthesisBlock(nn.Module):
         self.conv1 = SynthesisLayer(channels, channels, arch.w_dim, resolution, conv_clamp=arch.conv_clamp)
         self.torgb = ToRGBLayer(channels, arch.img_channels, arch.w_dim, conv_clamp=arch.conv_clamp)
 
+    def layers(self) -> Iterator[tuple[str, SynthesisLayer | ToRGBLayer]]:
+        """In the order they run, by name."""
+        if not self.first:
+            yield "conv0", self.conv0
+        yield from (("conv1", self.conv1), ("torgb", self.torgb))
+
     def forward(
-        self, x: Tensor | None, img: Tensor | None, ws: Tensor, noise_mode: str, noise: list[Tensor | None]
+        self,
+        x: Tensor,
+        img: Tensor | None,
+        given: Mapping[str, Prepared],
+        noise_mode: str,
+        noise: Mapping[str, Tensor | None],
     ) -> tuple[Tensor, Tensor]:
-        """ws [N, num_conv + 1, w_dim]: one for each convolution, then the one of torgb."""
-        if x is None:
-            x = fast_layout(self.const[None].expand(ws.shape[0], -1, -1, -1))
-        else:
-            x = self.conv0(x, ws[:, 0], noise_mode, noise[0])
-        x = self.conv1(x, ws[:, self.num_conv - 1], noise_mode, noise[-1])
-        rgb = self.torgb(x, ws[:, self.num_conv])
-        rgb = rgb.to(torch.promote_types(rgb.dtype, torch.float32))
-        return x, rgb if img is None else upsample2d(img, self.resample_filter.float()) + rgb
+        """x: of the first block its constant [N, C, 4, 4]. given: what every layer takes, noise: its map, by name."""
+        if not self.first:
+            x = self.conv0(x, given["conv0"], noise_mode, noise["conv0"])
+        x = self.conv1(x, given["conv1"], noise_mode, noise["conv1"])
+        rgb = self.torgb(x, given["torgb"])
+        if img is None:
+            return x, rgb.to(at_least_float32(rgb.dtype))
+        return x, upsample2d(img, self.resample_filter.float()) + rgb  # in float32: the sum promotes
 
 
 class SynthesisNetwork(nn.Module):
@@ -203,6 +235,41 @@ class SynthesisNetwork(nn.Module):
         for resolution in self.block_resolutions:
             self.add_module(f"b{resolution}", SynthesisBlock(arch, resolution))
 
+    def _layers(self) -> list[tuple[str, SynthesisLayer | ToRGBLayer]]:
+        """b4.conv1, b4.torgb, b8.conv0, b8.conv1, b8.torgb, ..."""
+        blocks = [(f"b{r}", self.get_submodule(f"b{r}")) for r in self.block_resolutions]
+        return [(f"{name}.{key}", layer) for name, block in blocks for key, layer in block.layers()]  # type: ignore[operator]
+
+    def styles(self, ws: Tensor) -> dict[str, Tensor]:
+        """The styles [N, in_channels] of every layer, by its name: all affine layers as one matrix product.
+
+        Args:
+            ws: [N, num_ws, w_dim], or [N, 1, w_dim] where all layers take the same.
+        """
+        affines = [layer.affine for _, layer in self._layers()]
+        weight = torch.cat([affine.weight for affine in affines]).to(ws.dtype)
+        bias = torch.cat([affine.bias for affine in affines]).to(ws.dtype)
+        styles = F.linear(ws * affines[0].weight_gain, weight, bias)  # [N, num_ws, styles of all layers]
+        reads, fan_in = style_table(self.arch, ws.device)
+        if ws.shape[1] > 1:
+            styles = styles.gather(1, reads.expand(ws.shape[0], 1, -1))
+        styles = styles[:, 0] * fan_in.to(styles.dtype).rsqrt()
+        parts = styles.split([len(affine.weight) for affine in affines], dim=1)
+        return {name: part for (name, _), part in zip(self._layers(), parts, strict=True)}
+
+    def _prepared(self, ws: Tensor, dtype: torch.dtype) -> dict[str, dict[str, Prepared]]:
+        """What the layers take, by block and layer."""
+        layers, styles = dict(self._layers()), self.styles(ws)
+        noisy = {name: layer for name, layer in layers.items() if isinstance(layer, SynthesisLayer)}
+        values = [layer.bias for layer in layers.values()] + [layer.noise_strength for layer in noisy.values()]
+        small = in_one_go(values, dtype)
+        strengths = dict(zip(noisy, small[len(layers) :], strict=True))
+        found: dict[str, dict[str, Prepared]] = {}
+        for name, bias in zip(layers, small, strict=False):
+            block, _, layer = name.partition(".")
+            found.setdefault(block, {})[layer] = Prepared(styles[name], bias, strengths.get(name))
+        return found
+
     def noise_names(self) -> list[str]:
         """Names of the layers that take noise, in the order they run: b4.conv1, b8.conv0, b8.conv1, ..."""
         return ["b4.conv1"] + [f"b{r}.conv{i}" for r in self.block_resolutions[1:] for i in (0, 1)]
@@ -211,13 +278,22 @@ class SynthesisNetwork(nn.Module):
         """The constant noise map [r, r] of each of these layers, by its name."""
         return {name: self.get_buffer(f"{name}.noise_const") for name in self.noise_names()}
 
-    def forward(self, ws: Tensor, noise_mode: str = "const", noise: Mapping[str, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        ws: Tensor,
+        noise_mode: str = "const",
+        noise: Mapping[str, Tensor] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """Draw images.
 
         Args:
-            ws: [N, num_ws, w_dim] float32.
+            ws: [N, num_ws, w_dim] float32, or [N, 1, w_dim] where all layers take the same.
             noise_mode: "const" takes each layer's noise_const, "random" draws anew for every image, "none" is 0.
             noise: maps [r, r] or [N, 1, r, r] by layer name (see `noise_names`), in place of the mode's.
+            dtype: of the convolutions' activations, see `PRECISIONS`; None for that of the parameters. The sum of the
+                RGB images is float32 at least.
 
         Returns:
             [N, img_channels, R, R] float32, about in [-1, 1].
@@ -225,35 +301,24 @@ class SynthesisNetwork(nn.Module):
         Raises:
             ValueError: ws has another shape, or noise_mode or a name in noise is unknown.
         """
-        if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, self.arch.w_dim):
-            raise ValueError(f"ws must be [N, {self.num_ws}, {self.arch.w_dim}], got {list(ws.shape)}")
+        if ws.ndim != 3 or ws.shape[1] not in (1, self.num_ws) or ws.shape[2] != self.arch.w_dim:
+            raise ValueError(f"ws must be [N, {self.num_ws} or 1, {self.arch.w_dim}], got {list(ws.shape)}")
         if noise_mode not in NOISE_MODES:
             raise ValueError(f"noise_mode must be one of {', '.join(NOISE_MODES)}, got {noise_mode!r}")
         noise = noise or {}
         unknown = set(noise) - set(self.noise_names())
         if unknown:
             raise ValueError(f"noise for layers that are not there: {', '.join(sorted(unknown))}")
-        x, img = self._block(4, None, None, ws[:, :2], noise_mode, noise)
-        first = 1
-        for resolution in self.block_resolutions[1:]:
-            # torgb shares its latent with the next block's first convolution
-            x, img = self._block(resolution, x, img, ws[:, first : first + 3], noise_mode, noise)
-            first += 2
-        return img.contiguous()
-
-    def _block(
-        self,
-        resolution: int,
-        x: Tensor | None,
-        img: Tensor | None,
-        ws: Tensor,
-        noise_mode: str,
-        noise: Mapping[str, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        name = f"b{resolution}"
-        maps = [noise.get(f"{name}.conv{i}") for i in (0, 1)]
-        x, img = self.get_submodule(name)(x, img, ws, noise_mode, maps)
-        return x, img
+        const: Tensor = self.get_parameter("b4.const")
+        x = fast_layout(const.expand(ws.shape[0], -1, -1, -1), dtype)
+        img: Any = None
+        prepared = self._prepared(ws, x.dtype)
+        for resolution in self.block_resolutions:
+            name = f"b{resolution}"
+            maps = {key: noise.get(f"{name}.{key}") for key in ("conv0", "conv1")}
+            x, img = self.get_submodule(name)(x, img, prepared[name], noise_mode, maps)
+        image: Tensor = img.contiguous()
+        return image
 
 
 class Generator(nn.Module):
@@ -286,7 +351,12 @@ class Generator(nn.Module):
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
         noise_mode: str = "random",
+        *,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
+        """Arguments and errors as of `mapping` and `synthesis`."""
         ws = self.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
-        image: Tensor = self.synthesis(ws, noise_mode=noise_mode)
+        if truncation_psi == 1 or truncation_cutoff is None:
+            ws = ws[:, :1]  # all are the same
+        image: Tensor = self.synthesis(ws, noise_mode=noise_mode, dtype=dtype)
         return image

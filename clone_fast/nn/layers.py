@@ -5,6 +5,8 @@ Weights are stored at unit variance and scaled when used (equalised learning rat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -12,15 +14,45 @@ from clone_fast.nn.architecture import RESAMPLE_TAPS
 from clone_fast.ops import bias_act, is_fast, modulated_conv2d, setup_filter
 from clone_fast.ops.bias_act import ACTIVATIONS
 
+FP16_CLAMP = 256.0  # of activations in float16 where the architecture names none, as in NVIDIA's networks
 
-def fast_layout(x: Tensor) -> Tensor:
-    """channels_last where it is faster: on a CPU, by ten times in transposed convolutions, and for the fast backends.
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """What sums are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def fast_layout(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x in this dtype, and channels_last where that is faster: on a CPU, by ten times in transposed convolutions, and
+    for the fast backends. One pass does both.
 
     The reference on a GPU is slower in it, as its FIR filters have no good kernel there.
     """
-    if x.device.type == "cpu" or is_fast(x.device):
+    if x.device.type != "cpu" and not is_fast(x.device):
+        return x if dtype is None else x.to(dtype)
+    if dtype in (None, x.dtype):
         return x.contiguous(memory_format=torch.channels_last)
-    return x
+    return x.to(dtype, memory_format=torch.channels_last)
+
+
+def limit_in(dtype: torch.dtype, conv_clamp: float | None) -> float | None:
+    """What activations of this dtype are clamped to: float16 is never without a limit."""
+    return FP16_CLAMP if conv_clamp is None and dtype == torch.float16 else conv_clamp
+
+
+def in_one_go(values: Sequence[Tensor], dtype: torch.dtype, factor: Tensor | None = None) -> list[Tensor]:
+    """Small tensors times their parts of factor, in dtype: as views into one, by two or three launches for all.
+
+    Args:
+        values: of at most one dimension.
+        factor: a number for each of their elements, one after the other; None for 1.
+    """
+    if factor is None and all(value.dtype == dtype for value in values):
+        return list(values)
+    joined = torch.cat([value.reshape(-1) for value in values])
+    joined = (joined if factor is None else joined * factor).to(dtype)
+    parts = joined.split([value.numel() for value in values])
+    return [part.reshape(value.shape) for part, value in zip(parts, values, strict=True)]
 
 
 def normalize_2nd_moment(x: Tensor, eps: float = 1e-8) -> Tensor:
@@ -29,7 +61,11 @@ def normalize_2nd_moment(x: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 class FullyConnectedLayer(nn.Module):
-    """act(x W^T * lr / sqrt(in) + b * lr): [N, in] -> [N, out]."""
+    """act(x W^T * lr / sqrt(in) + b * lr): [N, in] -> [N, out].
+
+    The factor of the weights is applied to what is smaller than they are: x, or the result of an activation that lets
+    it through.
+    """
 
     def __init__(
         self,
@@ -48,16 +84,21 @@ class FullyConnectedLayer(nn.Module):
         self.bias_gain = lr_multiplier
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype) * self.weight_gain
-        bias = self.bias * self.bias_gain
-        if self.activation == "linear":
-            return torch.addmm(bias.to(x.dtype)[None], x, weight.t())
-        y = x.matmul(weight.t())  # under autocast not in x's dtype
-        return bias_act(y, bias.to(y.dtype), act=self.activation)
+        weight, act = self.weight.to(x.dtype).t(), ACTIVATIONS[self.activation]
+        if self.activation == "linear" or not act.homogeneous:
+            y = torch.addmm(self.bias.to(x.dtype), x * self.weight_gain, weight, beta=self.bias_gain)
+            return y if self.activation == "linear" else bias_act(y, act=self.activation)
+        y = x.matmul(weight)  # under autocast not in x's dtype
+        bias = self.bias.to(y.dtype) * (self.bias_gain / self.weight_gain)
+        return bias_act(y, bias, act=self.activation, gain=act.gain * self.weight_gain)
 
 
 class Conv2dLayer(nn.Module):
-    """Convolution, kernel size 1 or 3, optionally at half the resolution: [N, I, H, W] -> [N, O, H/down, W/down]."""
+    """Convolution, kernel size 1 or 3, optionally at half the resolution: [N, I, H, W] -> [N, O, H/down, W/down].
+
+    The weights' factor goes through the activation, c * act(x) = act(c * x), into its gain, and costs no pass over
+    them. Not in float16, whose range the unscaled sums might leave, and their gradients more so.
+    """
 
     resample_filter: Tensor
 
@@ -76,22 +117,33 @@ class Conv2dLayer(nn.Module):
         self.activation = activation
         self.down = down
         self.conv_clamp = conv_clamp
-        self.weight_gain = 1 / (in_channels * kernel_size**2) ** 0.5
+        self.fan_in = in_channels * kernel_size**2
+        self.weight_gain = 1 / self.fan_in**0.5
         self.act_gain = ACTIVATIONS[activation].gain
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS))
 
-    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+    def folds(self, dtype: torch.dtype) -> bool:
+        """Whether the weights' factor goes into the activation's gain, and its inverse into the bias."""
+        return ACTIVATIONS[self.activation].homogeneous and dtype != torch.float16
+
+    def forward(self, x: Tensor, gain: float = 1.0, bias: Tensor | None = None) -> Tensor:
+        """gain: on the result and its clamp. bias: this layer's, over weight_gain where it `folds`; None: made here."""
+        folds, limit = self.folds(x.dtype), self.conv_clamp
+        if self.activation != "linear":
+            limit = limit_in(x.dtype, limit)
+        if bias is None and self.bias is not None:
+            bias = self.bias * self.fan_in**0.5 if folds else self.bias
         return modulated_conv2d(
             x,
-            self.weight * self.weight_gain,
+            self.weight if folds else self.weight * self.weight_gain,
             None,
             down=self.down,
             resample_filter=self.resample_filter.float(),
             demodulate=False,
-            bias=self.bias,
+            bias=bias,
             act=self.activation,
-            gain=self.act_gain * gain,
-            clamp=None if self.conv_clamp is None else self.conv_clamp * gain,
+            gain=self.act_gain * gain * (self.weight_gain if folds else 1.0),
+            clamp=None if limit is None else limit * gain,
         )

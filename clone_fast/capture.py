@@ -1,0 +1,180 @@
+"""Captured iterations: after a few eager calls, a CUDA graph launches in one go what Python launched kernel by kernel.
+
+At batch 1 the host takes several times as long to launch a generator's kernels as the GPU takes to run them. A graph
+replays the same kernels on the same memory, so what it runs must read nothing on the host, take no argument from it
+and keep what changes between calls (learning rates, random inputs, counters) in tensors that stay where they are. The
+same function runs eagerly on a CPU, where a capture is impossible, and with CLONE_FAST_CAPTURE=0.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from clone_fast.errors import BackendError
+
+# Of each variant before its capture: kernels are compiled and loaded, optimisers allocate. Not more, since an eager
+# call while there are graphs needs memory beside theirs.
+EAGER_CALLS = 1
+ROWS = 1024  # of a table, at most: longer runs draw the next rows when these are used up
+
+
+class CudaGraphs:
+    """What a CUDA device offers: a side stream, and graphs that share one pool of memory.
+
+    They may share it because no two of them run at once, and none leaves a result there that is read after another one
+    has run: results go to tensors that existed before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def aside(self, run: Callable[[], None]) -> None:
+        """Run on the side stream, after all that was launched before and before all that comes."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            run()
+        current.wait_stream(self.stream)
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """A graph of what `run` launches, as a function that replays it; nothing is executed.
+
+        Raises:
+            Exception: what `run` raises, or CUDA for an operation that cannot be captured.
+        """
+        current = torch.cuda.current_stream(self.device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: what other threads of the program ask of CUDA meanwhile does not spoil the capture
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                run()
+        except BaseException:
+            torch.cuda.set_stream(current)  # a capture that ends in an error leaves its own stream behind
+            raise
+        return graph.replay
+
+
+def graphs_of(device: torch.device) -> CudaGraphs | None:
+    """The graphs of a device; None where there are none, or where CLONE_FAST_CAPTURE=0 forbids them."""
+    if device.type != "cuda" or os.environ.get("CLONE_FAST_CAPTURE") == "0":
+        return None
+    return CudaGraphs(device)
+
+
+class Captured:
+    """A function of few variants that is called again and again, as a CUDA graph for each variant where possible.
+
+    Every call does what the function does: the first ones of a variant run it eagerly on a side stream, the next
+    records it, which executes nothing, and from then on the graph is replayed. Where recording fails, all calls are
+    eager from then on, with one warning; CLONE_FAST_STRICT=1 makes that an error.
+
+    Args:
+        function: takes a variant's values, and works on tensors that stay where they are. It must set the gradients it
+            needs to None itself, so that they lie in the graphs' memory.
+        device: where it runs.
+    """
+
+    def __init__(self, function: Callable[..., None], device: torch.device) -> None:
+        self.function = function
+        self.graphs = graphs_of(device)
+        self.calls: Counter[tuple[Hashable, ...]] = Counter()
+        self.replays: dict[tuple[Hashable, ...], Callable[[], None]] = {}
+
+    def __call__(self, *variant: Hashable) -> None:
+        run = partial(self.function, *variant)
+        if self.graphs is not None and variant not in self.replays and self.calls[variant] >= EAGER_CALLS:
+            self._record(variant, run)
+        self.calls[variant] += 1
+        if variant in self.replays:
+            self.replays[variant]()
+        elif self.graphs is not None:
+            self.graphs.aside(run)
+        else:
+            run()
+
+    def release(self) -> None:
+        """Let go of the graphs and of their memory; later calls are eager."""
+        self.replays.clear()
+        self.graphs = None
+
+    def _record(self, variant: tuple[Hashable, ...], run: Callable[[], None]) -> None:
+        if self.graphs is None:
+            return
+        try:
+            self.replays[variant] = self.graphs.record(run)
+        except Exception as error:  # whatever it is: an eager call either works or raises the same with a clear trace
+            self.release()
+            reason = (str(error).splitlines() or [""])[0]
+            message = f"capture: fell back to eager iterations ({type(error).__name__}: {reason})"
+            if os.environ.get("CLONE_FAST_STRICT") == "1":
+                raise BackendError(f"{message}; CLONE_FAST_STRICT=1 forbids that") from error
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+class Board:
+    """Scalars that an iteration leaves behind, in memory that stays; each keeps its value until it is written again."""
+
+    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+        values = torch.full([len(names)], torch.nan, device=device)
+        self.slots = dict(zip(names, values.unbind(), strict=True))
+
+    def write(self, values: dict[str, Tensor]) -> None:
+        """Copy these values into their places, on the device."""
+        places = [self.slots[name] for name in values]
+        torch._foreach_copy_(places, [value.detach().float() for value in values.values()])
+
+    def read(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """The places of these names, which the next iteration writes again."""
+        return {name: self.slots[name] for name in names}
+
+
+class Table:
+    """Rows of tensors on the device, and the number of the row in use, which lives there too.
+
+    rows: tensors [n, ...] by name, n the same for all.
+    """
+
+    def __init__(self, rows: dict[str, Tensor], device: torch.device) -> None:
+        self.rows = {name: value.to(device) for name, value in rows.items()}
+        self.index = torch.zeros([1], dtype=torch.int64, device=device)
+
+    def refill(self, rows: dict[str, Tensor]) -> None:
+        """Other rows in the same memory, to be read from the first one on."""
+        for name, value in rows.items():
+            self.rows[name].copy_(value)
+        self.index.zero_()
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A copy of the row in use, without the first axis."""
+        return self.rows[name].index_select(0, self.index)[0]
+
+    def advance(self) -> None:
+        """Go to the next row, on the device."""
+        self.index.add_(1)
+
+
+def adam(groups: list[tuple[list[Tensor], float]], *, betas: tuple[float, float]) -> torch.optim.Adam:
+    """Fused Adam that can be captured, for groups of (parameters, peak of the learning rate); see `set_rates`."""
+    device = groups[0][0][0].device
+    return torch.optim.Adam(
+        [{"params": tensors, "lr": torch.tensor(peak, device=device), "peak": peak} for tensors, peak in groups],
+        betas=betas,
+        fused=True,
+        capturable=device.type == "cuda",
+    )
+
+
+@torch.no_grad()
+def set_rates(optimizer: torch.optim.Optimizer, rate: Tensor) -> None:
+    """Set each group's learning rate to `rate` [], on the device, times the group's peak."""
+    for group in optimizer.param_groups:
+        torch.mul(rate, group["peak"], out=group["lr"])

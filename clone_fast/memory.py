@@ -1,0 +1,74 @@
+"""What to do when the device's memory is full: which settings would fit, by an estimate."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import torch
+
+from clone_fast.nn import PRECISIONS, Architecture
+from clone_fast.settings import TweakSettings
+
+# Tensors of a network's width at every resolution that an image leaves behind until its backward is done. Counted in
+# the layers, and rounded up: results and inputs of two convolutions, the filtered one of the resampling, the noise.
+IN_GENERATOR, IN_DISCRIMINATOR = 6, 6
+SMALLER = "use a smaller network, or device='cpu'"
+SAFE = 0.9  # share of the free memory that an estimate may fill
+
+
+def activations(arch: Architecture, element_size: int = 4) -> int:
+    """Bytes of one tensor at every resolution, for one image."""
+    return sum(arch.channels(r) * r * r for r in arch.block_resolutions) * element_size
+
+
+def iteration_bytes(arch: Architecture, settings: TweakSettings) -> int:
+    """About what an iteration of the tweak needs besides weights and optimisers."""
+    one = activations(arch, PRECISIONS[settings.precision].dtype.itemsize)
+    if settings.mode == "recon":
+        return one * IN_GENERATOR
+    drawn = (settings.batch if settings.others else 1) + settings.edits
+    forwards = 2 + 2 * (settings.r1_gamma > 0)  # of real images and of fakes; R1 counts twice, with its own gradient
+    judged = forwards * settings.batch if settings.adversarial else 0
+    return one * (IN_GENERATOR * drawn + IN_DISCRIMINATOR * judged)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that an iteration could have, with what PyTorch keeps for reuse given back; None where nobody can say."""
+    if device.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def advice(arch: Architecture, settings: TweakSettings, free: int | None) -> str:
+    """A line that names what should fit into so many bytes: half precision, the largest batch, or mode recon."""
+    smaller = [replace(settings, batch=batch) for batch in range(settings.batch - 1, 1, -1)]
+    group = arch.mbstd_group_size or 1
+    allowed = [s for s in smaller if s.batch <= group or s.batch % group == 0] if settings.mode == "clone" else []
+    recon = replace(settings, mode="recon")
+    half = [replace(settings, precision="bf16")] if settings.precision in ("fp32", "tf32") else []
+    for choice in (*half, *allowed, *([recon] if settings.mode == "clone" else [])):
+        needed = iteration_bytes(arch, choice)
+        if free is None or needed <= SAFE * free:
+            name = "mode='recon'" if choice is recon else f"batch={choice.batch}"
+            name = "precision='bf16'" if choice in half else name
+            return f"{name} should fit (about {gib(needed)} for an iteration)"
+    return SMALLER
+
+
+def gib(count: int) -> str:
+    """Bytes as a text in GiB."""
+    return f"{count / 2**30:.1f} GiB"
+
+
+def full(stage: str, arch: Architecture, device: torch.device, settings: TweakSettings | None = None) -> str:
+    """The message of a stage that ran out of memory; settings: of the tweak."""
+    free = free_bytes(device)
+    what = f"an iteration at {arch.img_resolution}x{arch.img_resolution}"
+    if settings is not None and settings.others:
+        what += f" with batch={settings.batch}"
+    room = "" if free is None else f", of which {gib(free)} are free"
+    hint = SMALLER if settings is None else advice(arch, settings, free)
+    return f"{stage}: {what} does not fit into the memory of {device}{room}; {hint}"

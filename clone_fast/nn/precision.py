@@ -1,0 +1,62 @@
+"""The precisions that networks run in: what convolutions compute in, and whether float32 may be rounded to TF32.
+
+Parameters are float32 whatever the precision (master weights, Micikevicius et al. 2018). So are the mapping network,
+the styles, the sum of the RGB images, the minibatch standard deviation and the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One of PRECISIONS.
+
+    Attributes:
+        name: "bf16", "fp16", "tf32" or "fp32".
+        dtype: of activations, and of the weights that convolutions read.
+        allow_tf32: whether products of float32 may be rounded to TF32 (10 bits of mantissa) on a GPU. Not in bf16 and
+            fp16: what is left in float32 there is left so to be exact, and is small.
+    """
+
+    name: str
+    dtype: torch.dtype
+    allow_tf32: bool
+
+    @staticmethod
+    def named(name: str) -> Precision:
+        """The one of this name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if name not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
+        return PRECISIONS[name]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Allow or forbid TF32 inside the `with` block, in forwards and backwards alike; then as it was before."""
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = matmul.allow_tf32, cudnn.allow_tf32
+        matmul.allow_tf32 = cudnn.allow_tf32 = self.allow_tf32
+        try:
+            yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("bf16", torch.bfloat16, False),
+        Precision("fp16", torch.float16, False),
+        Precision("tf32", torch.float32, True),
+        Precision("fp32", torch.float32, False),
+    )
+}
