@@ -161,7 +161,7 @@ class CloneStep:
         self.optimizer = adam(tuned(networks), GENERATOR_LR)
         self.discriminator.requires_grad_(True)
         self.judge_optimizer = adam(list(self.discriminator.parameters()), DISCRIMINATOR_LR, (0.0, 0.99))
-        functions = (self._draw, self._judge_loss, self._generator_loss)
+        functions: list[Callable[..., Tensor]] = [self._draw, self._judge_loss, self._generator_loss]
         self.draw, self.judge_loss, self.generator_loss = (compile_(f) if compile_ else f for f in functions)
 
     def _draw(self, ws: Tensor, z: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ linear.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,14 +49,26 @@ def fir(x: Tensor, pad: int, *, down: int = 1, gain: float = 1.0) -> Tensor:
     return x
 
 
+def _phases(x: Tensor, dim: int, weights: Callable[[Tensor, Tensor], Sequence[Tensor]]) -> Tensor:
+    """Interpolate by 2 along an axis: every sample becomes two, weighted sums of its neighbour, itself, its neighbour.
+
+    Args:
+        weights: (index [size, 1], phase [2]) -> three factors that broadcast to [size, 2]. Made of ranges, they cost
+            no memory and, unlike a stack of two phases, no kernel of their own.
+    """
+    size = x.shape[dim]
+    index, phase = (torch.arange(n, device=x.device) for n in (size, 2))
+    padded = F.pad(x, [0, 0, 1, 1] if dim == 2 else [1, 1, 0, 0])
+    taps = (padded.narrow(dim, i, size).unsqueeze(dim + 1) for i in range(3))
+    trailing = (1,) * (3 - dim)
+    y = sum(w.reshape(*w.shape, *trailing) * x for w, x in zip(weights(index[:, None], phase), taps, strict=True))
+    return y.flatten(dim, dim + 1)  # type: ignore[union-attr]
+
+
 def upsample(img: Tensor) -> Tensor:
-    """[N, C, h, w] to twice the size: zero insertion and [1 3 3 1] / 4 along both axes, in two phases."""
+    """[N, C, h, w] to twice the size: zero insertion and [1 3 3 1] / 4 along both axes."""
     for dim in (2, 3):
-        size = img.shape[dim]
-        padded = F.pad(img, [0, 0, 1, 1] if dim == 2 else [1, 1, 0, 0])
-        before, here, after = (padded.narrow(dim, i, size) for i in range(3))
-        phases = [(before + 3 * here) / 4, (3 * here + after) / 4]
-        img = torch.stack(phases, dim + 1).flatten(dim, dim + 1)
+        img = _phases(img, dim, lambda index, phase: ((1 - phase) / 4, 0.75 + 0 * index, phase / 4))
     return img
 
 
@@ -81,21 +94,22 @@ def _styled(layer: SynthesisLayer, x: Tensor, w: Tensor, noise: Tensor, plan: Pl
     styles = _linear(layer.affine, w)
     energy = layer.weight.square().sum(dim=[2, 3])  # [O, I]
     scale = (styles.square() @ energy.t() + 1e-8).rsqrt()
-    x = (x * styles[:, :, None, None]).to(plan.dtype)
+    x = x * styles.to(plan.dtype)[:, :, None, None]
     weight = layer.weight.to(plan.dtype)
     if layer.up == 2:
         y = fir(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), 1, gain=4.0)
     else:
         y = F.conv2d(x, weight, padding=1)
-    y = y * scale[:, :, None, None] + noise * layer.noise_strength + layer.bias[:, None, None]
-    return _limited(F.leaky_relu(y, 0.2) * layer.act_gain, layer.conv_clamp).to(plan.dtype)
+    noise = (noise * layer.noise_strength).to(plan.dtype)
+    y = y * scale.to(plan.dtype)[:, :, None, None] + noise + layer.bias.to(plan.dtype)[:, None, None]
+    return _limited(F.leaky_relu(y, 0.2) * layer.act_gain, layer.conv_clamp)
 
 
 def _rgb(layer: ToRGBLayer, x: Tensor, w: Tensor, plan: Plan) -> Tensor:
     """x [N, I, r, r] -> float32 [N, 3, r, r]."""
     styles = _linear(layer.affine, w) * layer.weight_gain
     if plan.rgb == "conv":
-        y = F.conv2d((x * styles[:, :, None, None]).to(plan.dtype), layer.weight.to(plan.dtype)).float()
+        y = F.conv2d(x * styles.to(plan.dtype)[:, :, None, None], layer.weight.to(plan.dtype)).float()
     else:
         modulated = layer.weight[None, :, :, 0, 0] * styles[:, None]  # [N, 3, I], small enough to be per sample
         y = torch.stack([(x * m[:, :, None, None]).sum(dim=1) for m in modulated.unbind(1)], dim=1)
@@ -104,7 +118,7 @@ def _rgb(layer: ToRGBLayer, x: Tensor, w: Tensor, plan: Plan) -> Tensor:
 
 def synthesis(net: SynthesisNetwork, ws: Tensor, plan: Plan) -> Tensor:
     """ws float32 [N, num_ws, w_dim] -> images float32 [N, C, R, R], with every layer's constant noise."""
-    x = net.get_submodule("b4").const[None].expand(ws.shape[0], -1, -1, -1)  # type: ignore[union-attr, operator, index]
+    x = net.get_submodule("b4").const[None].expand(ws.shape[0], -1, -1, -1)  # type: ignore[index]
     x = x.to(plan.dtype, memory_format=torch.channels_last)
     img, index = None, 0
     for resolution in net.block_resolutions:
@@ -131,7 +145,7 @@ def _conv(layer: Conv2dLayer, x: Tensor, plan: Plan, gain: float = 1.0) -> Tenso
     else:
         y = F.conv2d(fir(x, 2), weight.to(plan.dtype), stride=2)
     if layer.bias is not None:
-        y = y + layer.bias[:, None, None]
+        y = y + layer.bias.to(y.dtype)[:, None, None]
     if layer.activation == "lrelu":
         y = F.leaky_relu(y, 0.2)
     y = _limited(y * (layer.act_gain * gain), None if layer.conv_clamp is None else layer.conv_clamp * gain)
@@ -152,7 +166,7 @@ def logits(net: Discriminator, img: Tensor, group: int, plan: Plan) -> Tensor:
         x = skip + _conv(block.conv1, _conv(block.conv0, x, plan), plan, 0.5**0.5)  # type: ignore[arg-type]
     last = net.b4
     if last.num_channels > 0:
-        n, c, h, w = x.shape
+        _, c, h, w = x.shape
         y = x.float().reshape(group, -1, last.num_channels, c // last.num_channels, h, w)
         y = ((y - y.mean(dim=0)).square().mean(dim=0) + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N / group, F]
         x = torch.cat([x, y[:, :, None, None].repeat(group, 1, h, w).to(x.dtype)], dim=1)
@@ -172,24 +186,30 @@ def group_of(net: Discriminator, n: int) -> int:
     return min(net.b4.group_size or n, n)
 
 
-def _bordered(x: Tensor, dim: int, count: int) -> Tensor:
-    first, last = x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1)
-    return torch.cat([first] * count + [x] + [last] * count, dim)
-
-
 def _halved(x: Tensor) -> Tensor:
+    """Low-pass [1 4 6 4 1] / 16 and decimate by 2 an even size, borders repeated.
+
+    What the border repeats is at hand in the taps that lie inside, whose factors are larger there.
+    """
     for dim in (2, 3):
-        x = _bordered(x, dim, 2)
-        a, b, c, d, e = (x[(slice(None),) * dim + (slice(i, x.shape[dim] - 4 + i, 2),)] for i in range(5))
-        x = (a + e + 4 * (b + d) + 6 * c) / 16
+        size = x.shape[dim] // 2
+        index = torch.arange(size, device=x.device).reshape(-1, *(1,) * (3 - dim))
+        padded = F.pad(x, [0, 0, 2, 2] if dim == 2 else [2, 2, 0, 0])
+        a, b, c, d, e = (padded[(slice(None),) * dim + (slice(i, i + 2 * size - 1, 2),)] for i in range(5))
+        x = (a + e + 4 * b + (6 + 5 * (index == 0)) * c + (4 + 1 * (index == size - 1)) * d) / 16
     return x
 
 
 def _doubled(x: Tensor) -> Tensor:
+    """Zero insertion and [1 4 6 4 1] / 8 along both axes, borders repeated."""
+
+    def weights(index: Tensor, phase: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        outside = (1 - phase) * (index == 0) + (1 + 3 * phase) * (index == size - 1)
+        return (1 - phase) / 8, (6 - 2 * phase + outside) / 8, (1 + 3 * phase) / 8
+
     for dim in (2, 3):
-        size, x = x.shape[dim], _bordered(x, dim, 1)
-        a, b, c = (x.narrow(dim, i, size) for i in range(3))
-        x = torch.stack([(a + c + 6 * b) / 8, (b + c) / 2], dim + 1).flatten(dim, dim + 1)
+        size = x.shape[dim]
+        x = _phases(x, dim, weights)
     return x
 
 

@@ -161,9 +161,10 @@ def test_three_steps_are_those_of_the_tweak(mode: str) -> None:
 def test_in_bf16_the_losses_are_near(kind: str, n: int) -> None:
     mine, own = pair("sum", torch.bfloat16)
     given = arguments(kind, own, n)
-    curves = [torch.stack([step() for _ in range(3)]) for step in (
-        getattr(steps(), kind)(networks, *given) for networks in (mine, own)
-    )]
+    curves = [
+        torch.stack([step() for _ in range(3)])
+        for step in (getattr(steps(), kind)(networks, *given) for networks in (mine, own))
+    ]
     torch.testing.assert_close(curves[0], curves[1], rtol=steps().NEAR["bf16"], atol=0.01)
 
 
