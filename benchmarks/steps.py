@@ -6,6 +6,7 @@ reading it, and with capturable optimisers it can be captured in a CUDA graph as
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -69,8 +70,12 @@ Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As the baseline is compiled: every shape for itself, and no break in the graph."""
-    found: Callable[..., Any] = torch.compile(function, dynamic=False, fullgraph=True)
+    """As the baseline is compiled: every shape for itself, and no break in the graph.
+
+    CLONE_FAST_BENCH_MODE: torch.compile's mode, say "max-autotune-no-cudagraphs", which takes many minutes.
+    """
+    mode = os.environ.get("CLONE_FAST_BENCH_MODE")
+    found: Callable[..., Any] = torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
     return found
 
 

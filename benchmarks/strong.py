@@ -10,7 +10,7 @@ linear.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,26 +49,25 @@ def fir(x: Tensor, pad: int, *, down: int = 1, gain: float = 1.0) -> Tensor:
     return x
 
 
-def _phases(x: Tensor, dim: int, weights: Callable[[Tensor, Tensor], Sequence[Tensor]]) -> Tensor:
+def _phases(x: Tensor, dim: int, factors: Sequence[Tensor]) -> Tensor:
     """Interpolate by 2 along an axis: every sample becomes two, weighted sums of its neighbour, itself, its neighbour.
 
     Args:
-        weights: (index [size, 1], phase [2]) -> three factors that broadcast to [size, 2]. Made of ranges, they cost
-            no memory and, unlike a stack of two phases, no kernel of their own.
+        factors: of these three, each of a shape that broadcasts to [size, 2]. Unlike a stack of two phases the sum of
+            products has no kernel of its own.
     """
     size = x.shape[dim]
-    index, phase = (torch.arange(n, device=x.device) for n in (size, 2))
     padded = F.pad(x, [0, 0, 1, 1] if dim == 2 else [1, 1, 0, 0])
     taps = (padded.narrow(dim, i, size).unsqueeze(dim + 1) for i in range(3))
-    trailing = (1,) * (3 - dim)
-    y = sum(w.reshape(*w.shape, *trailing) * x for w, x in zip(weights(index[:, None], phase), taps, strict=True))
-    return y.flatten(dim, dim + 1)  # type: ignore[union-attr]
+    a, b, c = (f.reshape(*f.shape, *(1,) * (3 - dim)) * tap for f, tap in zip(factors, taps, strict=True))
+    return (a + b + c).flatten(dim, dim + 1)
 
 
 def upsample(img: Tensor) -> Tensor:
     """[N, C, h, w] to twice the size: zero insertion and [1 3 3 1] / 4 along both axes."""
+    phase = torch.arange(2, device=img.device)
     for dim in (2, 3):
-        img = _phases(img, dim, lambda index, phase: ((1 - phase) / 4, 0.75 + 0 * index, phase / 4))
+        img = _phases(img, dim, ((1 - phase) / 4, 0 * phase + 0.75, phase / 4))
     return img
 
 
@@ -186,40 +185,53 @@ def group_of(net: Discriminator, n: int) -> int:
     return min(net.b4.group_size or n, n)
 
 
-def _halved(x: Tensor) -> Tensor:
-    """Low-pass [1 4 6 4 1] / 16 and decimate by 2 an even size, borders repeated.
+Borders = dict[int, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
 
-    What the border repeats is at hand in the taps that lie inside, whose factors are larger there.
+
+def borders(resolution: int, device: torch.device) -> Borders:
+    """For every size of a pyramid's level the factors of `_halved` (to that size) and of `_doubled` (from it).
+
+    What a repeated border would bring is at hand in the taps that lie inside, whose factors are larger there. Made
+    once: computed in the graph, they would be kernels of their own.
     """
+    made: Borders = {}
+    for level in range(1, pyramid_levels(resolution)):
+        size = resolution >> level
+        first, last = torch.zeros(2, size, 1, device=device)
+        first[0], last[-1] = 1.0, 1.0
+        phase = torch.arange(2, device=device)
+        here = (6 - 2 * phase + (1 - phase) * first + (1 + 3 * phase) * last) / 8
+        halving = ((6 + 5 * first[:, 0]) / 16, (4 + last[:, 0]) / 16)
+        made[size] = halving, ((1 - phase) / 8, here, (1 + 3 * phase) / 8)
+    return made
+
+
+def _halved(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """Low-pass [1 4 6 4 1] / 16 and decimate by 2 an even size, borders repeated."""
     for dim in (2, 3):
         size = x.shape[dim] // 2
-        index = torch.arange(size, device=x.device).reshape(-1, *(1,) * (3 - dim))
+        middle, after = (f.reshape(-1, *(1,) * (3 - dim)) for f in factors)
         padded = F.pad(x, [0, 0, 2, 2] if dim == 2 else [2, 2, 0, 0])
         a, b, c, d, e = (padded[(slice(None),) * dim + (slice(i, i + 2 * size - 1, 2),)] for i in range(5))
-        x = (a + e + 4 * b + (6 + 5 * (index == 0)) * c + (4 + 1 * (index == size - 1)) * d) / 16
+        x = (a + e) / 16 + b / 4 + middle * c + after * d
     return x
 
 
-def _doubled(x: Tensor) -> Tensor:
+def _doubled(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """Zero insertion and [1 4 6 4 1] / 8 along both axes, borders repeated."""
-
-    def weights(index: Tensor, phase: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        outside = (1 - phase) * (index == 0) + (1 + 3 * phase) * (index == size - 1)
-        return (1 - phase) / 8, (6 - 2 * phase + outside) / 8, (1 + 3 * phase) / 8
-
     for dim in (2, 3):
-        size = x.shape[dim]
-        x = _phases(x, dim, weights)
+        x = _phases(x, dim, factors)
     return x
 
 
-def reconstruction(image: Tensor, photo: Tensor) -> Tensor:
-    """Laplacian pyramid loss plus mean square error, as clone_fast.losses.Reconstruction, of [N, C, R, R]."""
+def reconstruction(image: Tensor, photo: Tensor, factors: Borders) -> Tensor:
+    """Laplacian pyramid loss plus mean square error, as clone_fast.losses.Reconstruction, of square [N, C, R, R]."""
     current = image - photo
     loss = current.square().mean()
     for _ in range(pyramid_levels(photo.shape[-1]) - 1):
-        coarser = _halved(current)
-        loss = loss + (current - _doubled(coarser)).abs().mean()
+        halving, doubling = factors[current.shape[-1] // 2]
+        coarser = _halved(current, halving)
+        loss = loss + (current - _doubled(coarser, doubling)).abs().mean()
         current = coarser
     return loss + current.abs().mean()
 
@@ -246,6 +258,7 @@ class StrongNetworks:
         for module in (generator, discriminator):
             if module is not None:
                 arranged(module)
+        self.borders = borders(generator.img_resolution, next(generator.parameters()).device)
 
     def mapping(self, z: Tensor) -> Tensor:
         return mapping(self.generator.mapping, z)
@@ -265,4 +278,4 @@ class StrongNetworks:
         return paired_logits(self.discriminator, real, fake, self.plan)
 
     def reconstruction(self, images: Tensor, photo: Tensor) -> Tensor:
-        return reconstruction(images, photo)
+        return reconstruction(images, photo, self.borders)

@@ -102,7 +102,8 @@ def test_the_discriminator_is_the_same(rgb: str, n: int) -> None:
 def test_the_loss_is_the_same(size: int) -> None:
     photo, image = torch.rand(2, 3, size, size), torch.rand(2, 3, size, size)
     found = []
-    for loss in (lambda x: strong().reconstruction(x, photo), Reconstruction(photo)):
+    factors = strong().borders(size, photo.device)
+    for loss in (lambda x: strong().reconstruction(x, photo, factors), Reconstruction(photo)):
         x = image.clone().requires_grad_(True)
         value = loss(x)
         value.backward()
