@@ -51,8 +51,8 @@ ON_A_CPU = [
 
 def released() -> None:
     """Give back what the last contender held."""
-    gc.collect()
     torch._dynamo.reset()
+    gc.collect()
     if common.ON_GPU:
         torch.cuda.empty_cache()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,22 +32,42 @@ class Plan:
 
     Attributes:
         dtype: of activations and of the weights that convolutions read; images, styles and statistics are float32.
-        rgb: how the 1x1 convolutions to and from three channels run: "conv", by cuDNN, or "sum", as products and sums
-            that fuse with their neighbours.
+        rgb: how the 1x1 convolutions to three channels run: "conv", by cuDNN, or "sum", as sums of products that fuse
+            with their neighbours.
     """
 
     dtype: torch.dtype = torch.bfloat16
     rgb: str = "sum"
 
 
-def fir(x: Tensor, pad: int, *, down: int = 1, gain: float = 1.0) -> Tensor:
-    """Filter [N, C, H, W] with [1 3 3 1] along both axes, `pad` zeros on every side, then decimate."""
+def _sliced(x: Tensor, pad: int, down: int, gain: float) -> Tensor:
     x = F.pad(x, [pad] * 4)
     for dim in (2, 3):
         last = x.shape[dim] - 3  # where the last tap starts, and one more
         a, b, c, d = (x[(slice(None),) * dim + (slice(i, last + i, down),)] for i in range(4))
         x = (a + d + 3 * (b + c)) * (gain**0.5 / 8)
     return x
+
+
+class _Fir(torch.autograd.Function):
+    """`fir` with its adjoint, which is a FIR of the same kind: PyTorch's own would scatter every slice into zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pad: int, gain: float) -> Tensor:
+        ctx.pad, ctx.gain = pad, gain
+        return _sliced(x, pad, 1, gain)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _sliced(dy, 3 - ctx.pad, 1, ctx.gain), None, None
+
+
+def fir(x: Tensor, pad: int, *, down: int = 1, gain: float = 1.0) -> Tensor:
+    """Filter [N, C, H, W] with [1 3 3 1] along both axes, `pad` zeros on every side, then decimate."""
+    if down > 1:
+        return _sliced(x, pad, down, gain)
+    y: Tensor = _Fir.apply(x, pad, gain)
+    return y
 
 
 def _phases(x: Tensor, dim: int, factors: Sequence[Tensor]) -> Tensor:
@@ -65,7 +86,7 @@ def _phases(x: Tensor, dim: int, factors: Sequence[Tensor]) -> Tensor:
 
 def upsample(img: Tensor) -> Tensor:
     """[N, C, h, w] to twice the size: zero insertion and [1 3 3 1] / 4 along both axes."""
-    phase = torch.arange(2, device=img.device)
+    phase = torch.arange(2, device=img.device, dtype=img.dtype)
     for dim in (2, 3):
         img = _phases(img, dim, ((1 - phase) / 4, 0 * phase + 0.75, phase / 4))
     return img
@@ -135,9 +156,7 @@ def _conv(layer: Conv2dLayer, x: Tensor, plan: Plan, gain: float = 1.0) -> Tenso
     """x [N, I, H, W] -> [N, O, H / down, W / down]."""
     weight = layer.weight * layer.weight_gain
     k = weight.shape[-1]
-    if x.shape[1] <= 4 and plan.rgb == "sum":
-        y = sum(x[:, i : i + 1] * weight[:, i] for i in range(x.shape[1]))  # the same for all samples: [O, 1, 1]
-    elif layer.down == 1:
+    if layer.down == 1:
         y = F.conv2d(x.to(plan.dtype), weight.to(plan.dtype), padding=k // 2)
     elif k == 1:
         y = F.conv2d(fir(x, 1, down=2), weight.to(plan.dtype))  # decimated inside the filter

@@ -38,11 +38,11 @@ def steps() -> Any:
     return importlib.import_module("benchmarks.steps")
 
 
-def pair(rgb: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def pair(rgb: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any]:
     """The baseline's networks and clone_fast's, of the same weights."""
     made = []
     for build in (lambda g, d: strong().StrongNetworks(g, d, strong().Plan(dtype, rgb)), steps().OwnNetworks):
-        net = copy.deepcopy(tiny.network(resolution=RESOLUTION))
+        net = copy.deepcopy(tiny.network(resolution=RESOLUTION)).to(device)
         net.generator.requires_grad_(True)
         made.append(build(net.generator, tiny.judge(net).requires_grad_(True)))
     return made[0], made[1]
@@ -181,3 +181,27 @@ def test_the_compiler_takes_it_whole(kind: str, rgb: str) -> None:
         mine, *given, compile_=lambda f: torch.compile(f, dynamic=False, fullgraph=True, backend="aot_eager")
     )
     torch.testing.assert_close(step(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["TweakStep", "LatentStep", "CloneStep"])
+def test_a_replayed_step_is_the_eager_one(kind: str, compiled: bool) -> None:
+    """Three steps on a side stream, then three replays, against six eager ones of the same networks."""
+    given = tuple(tensor.cuda() for tensor in arguments(kind, tiny.network(resolution=RESOLUTION), 1))
+    made = [pair("sum", device="cuda")[0] for _ in range(2)]
+    eager = getattr(steps(), kind)(made[0], *given)
+    wanted = torch.stack([eager() for _ in range(6)])[3:]
+    step = getattr(steps(), kind)(made[1], *given, compile_=steps().compiled if compiled else None)
+    stream, graph, values = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        loss = step()
+    for _ in range(3):
+        graph.replay()
+        values.append(loss.clone())
+    torch.testing.assert_close(torch.stack(values), wanted, rtol=1e-3, atol=1e-4)
