@@ -48,7 +48,7 @@ def main(name: str, who: str, kernels: int) -> None:
             found.run(1)
             torch.cuda.synchronize()
         click.echo(
-            profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=kernels, max_name_column_width=90)
+            profile.key_averages().table(sort_by="self_device_time_total", row_limit=kernels, max_name_column_width=90)
         )
 
 
