@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,3 +91,28 @@ def matrix_rate(dtype: torch.dtype, tf32: bool) -> float:
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     return 2 * size**3 / time * 1e6
+
+
+def by_the_wall(run: Callable[[int], Any], seconds: float = 0.3, rounds: int = 5) -> Times:
+    """Microseconds of one of the steps of run(n), from a synchronised start to a synchronised end.
+
+    The larger of the CPU's time and the GPU's: what an eager loop takes, or a loop that replays a graph of its own. It
+    has run before; a round is as many steps as fit into `seconds`.
+    """
+
+    def timed(n: int) -> float:
+        _synchronize()
+        start = time.perf_counter()
+        run(n)
+        _synchronize()
+        return (time.perf_counter() - start) / n
+
+    n = max(1, min(50, round(seconds / timed(2))))
+    found = sorted(timed(n) * 1e6 for _ in range(rounds))
+    quantiles = statistics.quantiles(found, n=5)
+    return Times(quantiles[0], statistics.median(found), quantiles[3])
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

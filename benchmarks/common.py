@@ -169,7 +169,7 @@ def measure(case: Case, benchmark: BenchmarkFixture) -> None:
         about |= {"shape": list(case.tensors["x"]), "result": list(y.shape), "format": str(case.format)}
         about |= {"backward": case.backward, "error": gate(case, inputs, dy)}
         about |= {"bytes": fewest_bytes(case, inputs, y), "operations": case.operations * (3 if case.backward else 1)}
-        about |= {"device": torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"}
+        about |= {"device": device_name()}
         if ON_GPU:
             about |= _gpu_times(case, inputs, dy, about)
             ROWS.append(about)
@@ -218,6 +218,11 @@ def _gpu_times(case: Case, inputs: dict[str, Tensor], dy: Tensor | None, about: 
         bare = case.bare
         row["cudnn_us"] = timed(lambda **tensors: bare(tensors), ("x", "weight")).p50
     return row
+
+
+def device_name() -> str:
+    """What the rows ran on."""
+    return torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
 
 
 @functools.cache

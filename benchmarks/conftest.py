@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import clock, common, tables
+from benchmarks import clock, common, step_table, tables
 
 
 def _about() -> dict[str, object]:
@@ -28,6 +28,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not common.ON_GPU:
         terminalreporter.write_line("no CUDA device: small shapes ran, on the CPU, in float32")
         return
+    if step_table.ROWS:
+        terminalreporter.write_line(step_table.table(step_table.kept(step_table.ROWS)))
+        terminalreporter.write_line(f"written: {step_table.RESULTS.relative_to(tables.ROOT)}")
     if not common.ROWS:
         return
     for row in common.ROWS:

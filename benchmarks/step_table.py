@@ -1,0 +1,59 @@
+"""The table of the steps, made from benchmarks/results/step.json; `python -m benchmarks.step_table` prints it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results" / "step.json"
+ROWS: list[dict[str, Any]] = []  # of this run on a GPU
+KEY = ("step", "precision", "batch", "network", "device")
+NAMES = {
+    "tweak": "tweak: G forward, loss, backward to all weights, Adam",
+    "clone": "Clone iteration: local 1 + global {others}, G and D updated, both Adams",
+    "latent": "latent optimisation, no weight gradients",
+}
+
+
+def merged(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of an earlier run with those of this one in their place, since one run need not hold them all."""
+    kept = {tuple(row[key] for key in KEY): row for row in [*before, *now]}
+    return list(kept.values())
+
+
+def kept(now: Sequence[dict[str, Any]], path: Path = RESULTS) -> list[dict[str, Any]]:
+    """Write them, and return all."""
+    rows = merged(json.loads(path.read_text()) if path.exists() else [], now)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    if f"{name}_ms" not in row:
+        return str(row.get(f"{name}_how", ""))
+    peak = f", {row[f'{name}_peak_gb']:.1f} GB" if f"{name}_peak_gb" in row else ""
+    return f"{row[f'{name}_ms']:.2f} ms{peak}"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line a row, in Markdown: ours, the baselines, the floor, and the ratios that count."""
+    lines = [
+        "| step | network | precision | batch | ours | reference, eager | strongest plain PyTorch | floor "
+        "| plain PyTorch / ours | ours / floor |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        cells = [NAMES[row["step"]].format(others=row["batch"] - 1), row["network"], row["precision"]]
+        cells += [str(row["batch"]), *(_cell(row, name) for name in ("ours", "reference", "strong"))]
+        cells.append(f"{row['floor_ms']:.2f} ms" if "floor_ms" in row else "")
+        for above, below in (("strong_ms", "ours_ms"), ("ours_ms", "floor_ms")):
+            cells.append(f"{row[above] / row[below]:.2f}" if above in row and below in row else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(json.loads(RESULTS.read_text())))
