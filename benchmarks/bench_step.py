@@ -77,20 +77,18 @@ def gate(name: str, got: Tensor, wanted: Tensor, precision: str) -> float:
     return error
 
 
-def measured(name: str, build: Callable[[], Contender | None], wanted: Tensor, precision: str) -> dict[str, Any]:
+def measured(name: str, build: Callable[[], Contender], wanted: Tensor, precision: str) -> dict[str, Any]:
     """Of one contender, by keys that start with its name; where it does not fit into memory, that it does not."""
     start = time.perf_counter()
     try:
         if common.ON_GPU:
             torch.cuda.reset_peak_memory_stats()
         contender = build()
-        if contender is None:
-            return {}
         first = contender.run(1)
         if common.ON_GPU:
             torch.cuda.synchronize()
         found: dict[str, Any] = {f"{name}_first_s": time.perf_counter() - start, f"{name}_how": contender.how}
-        values = torch.cat([first, contender.run(GATED - 1)]) if contender.resumes else first
+        values = torch.cat([first, contender.run(GATED - 1)])
         found[f"{name}_error"] = gate(name, values, wanted, precision)
         if common.ON_GPU:
             found[f"{name}_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -116,7 +114,7 @@ def test_step(row: Row, benchmark: BenchmarkFixture) -> None:
         about |= {"operations": least.operations, "bytes": least.bytes}
         wanted, about["yardstick"] = yardstick(world)
         released()
-        builds: dict[str, Callable[[], Contender | None]] = {
+        builds: dict[str, Callable[[], Contender]] = {
             "ours": lambda: contenders.ours(world),
             "reference": lambda: contenders.reference(world),
         }
@@ -130,7 +128,7 @@ def test_step(row: Row, benchmark: BenchmarkFixture) -> None:
             rate = clock.matrix_rate(PRECISIONS[row.precision], row.precision == "tf32")
             about["floor_ms"] = least.seconds(clock.copy_bandwidth(), rate) * 1e3
             step_table.ROWS.append(about)
-        shown = contenders.ours(world) or contenders.of_step(world, steps.OwnNetworks(*world.networks()), "eager")
+        shown = contenders.ours(world)
         benchmark.group = f"step, {row.step}"
         benchmark.pedantic(lambda: shown.run(1).tolist(), rounds=2, warmup_rounds=1)
         benchmark.extra_info.update(about)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import steps
 from benchmarks.strong import Plan, StrongNetworks
-from clone_fast.latent import Latent, LatentSettings, optimise
+from clone_fast.latent import Latent, LatentSettings
+from clone_fast.latent.optimise import Search
 from clone_fast.nn import Architecture, Discriminator, Generator
-from clone_fast.tweak import Tweak, TweakSettings
+from clone_fast.tweak import Tweak
 
-PRECISIONS = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
-OWN_PRECISIONS = ("tf32", "fp32")  # of clone_fast where its settings offer no choice
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Row:
 
     Attributes:
         step: "tweak", "latent" or "clone".
-        precision: "bf16", "tf32" or "fp32".
+        precision: "bf16", "fp16", "tf32" or "fp32".
         batch: images that G draws: photos, or for "clone" the photo and the others.
         network: what the architecture is called.
         arch: unconditional; for "clone" with a minibatch group that divides the batch.
@@ -52,13 +50,11 @@ class Contender:
         run: take so many steps; their values without a host read, [steps] or for "clone" [steps, 2] (of G and of D).
         how: what runs, in words.
         step: one of them, if it can be captured in a graph from outside.
-        resumes: whether `run` goes on where it stopped; otherwise it starts anew and tells its first value only.
     """
 
     run: Callable[[int], Tensor]
     how: str
     step: Callable[[], Tensor] | None = None
-    resumes: bool = True
 
 
 class World:
@@ -130,55 +126,53 @@ def reference(world: World) -> Contender:
     return of_step(world, steps.OwnNetworks(*world.networks(), "reference"), "reference, eager")
 
 
-def ours(world: World) -> Contender | None:
-    """clone_fast as a user runs it; None where it does not offer the precision.
+def ours(world: World) -> Contender:
+    """clone_fast as a user runs it: its own loops, which capture what they run, and are timed by the wall.
 
-    Its own loops where these do the row's work: they may capture what they run, and are timed by the wall.
+    Several photos in one step have no loop of their own: its networks, eagerly.
     """
     row = world.row
-    offered = {"precision": row.precision} if _offers_precision() else {}
-    if not offered and row.precision not in OWN_PRECISIONS:
-        return None
     generator, discriminator = world.networks()
     if row.batch > 1 and row.step != "clone":
-        if row.precision not in OWN_PRECISIONS:
-            return None
         return of_step(world, steps.OwnNetworks(generator, discriminator), "clone_fast's networks, eager")
     if row.step == "latent":
-        return Contender(lambda n: _searched(world, generator, n), "clone_fast.latent.optimise", resumes=False)
-    settings = steps.tweak_settings("clone" if row.step == "clone" else "recon", max(row.batch, 2), **offered)
+        return _search(world, generator)
+    mode = "clone" if row.step == "clone" else "recon"
     work = Tweak(
         generator,
         discriminator,
         Latent(world.ws),
         world.photo,
-        settings,
+        steps.tweak_settings(mode, max(row.batch, 2), precision=row.precision),
         real_images=world.real if row.step == "clone" else None,
     )
+    names = ("loss", "loss_d") if row.step == "clone" else ("loss",)
 
     def run(n: int) -> Tensor:
-        values = [work.step(1.0) for _ in range(n)]
-        if row.step == "clone":
-            return torch.stack([torch.stack([v["loss"], v["loss_d"]]) for v in values])
-        return torch.stack([v["loss"] for v in values])
+        found = []
+        for _ in range(n):
+            values = work.step(1.0)  # the next one writes the same memory
+            found.append(torch.stack([values[name] for name in names]))
+        return torch.stack(found).squeeze(1)
 
     return Contender(run, "clone_fast.tweak.Tweak.step")
 
 
-def _offers_precision() -> bool:
-    return all(
-        "precision" in {field.name for field in dataclasses.fields(kind)} for kind in (TweakSettings, LatentSettings)
-    )
+def _search(world: World, generator: Generator) -> Contender:
+    """From the given latent, without exploration, at one learning rate."""
+    settings = LatentSettings(steps=2**20, exploration=0.0, start_samples=1, precision=world.row.precision)
+    generator.requires_grad_(False)
+    work = Search(generator, world.photo, settings, start=Latent(world.ws), seed=0)
 
+    def run(n: int) -> Tensor:
+        found = []
+        for _ in range(n):
+            work.table.rows["rate"].fill_(1.0)
+            work.step()
+            found.append(work.board.slots["loss"].clone())
+        return torch.stack(found)
 
-def _searched(world: World, generator: Generator, n: int) -> Tensor:
-    """The loss before the first of n steps from the given latent, without exploration."""
-    values: dict[str, Any] = {"steps": n, "exploration": 0.0, "start_samples": 1, "check_every": n}
-    if _offers_precision():
-        values["precision"] = world.row.precision
-    settings = LatentSettings(**values)
-    found = optimise(generator, world.photo, settings, start=Latent(world.ws))
-    return torch.tensor([found.rows[0]["loss"]], device=world.device)
+    return Contender(run, "clone_fast.latent.optimise")
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def _styled(layer: SynthesisLayer, x: Tensor, w: Tensor, noise: Tensor, plan: Pl
 
 def _rgb(layer: ToRGBLayer, x: Tensor, w: Tensor, plan: Plan) -> Tensor:
     """x [N, I, r, r] -> float32 [N, 3, r, r]."""
-    styles = _linear(layer.affine, w) * layer.weight_gain
+    styles = _linear(layer.affine, w) * layer.weight.shape[1] ** -0.5
     if plan.rgb == "conv":
         y = F.conv2d(x * styles.to(plan.dtype)[:, :, None, None], layer.weight.to(plan.dtype)).float()
     else:

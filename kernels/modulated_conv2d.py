@@ -90,8 +90,8 @@ def supports(
     gain: float,
     clamp: float | None,
 ) -> str | None:
-    """None, or why `launch` cannot run."""
-    return _epilogue_reason(act, gain) or supports_conv(x, weight, 1, 0, False)
+    """None, or why `launch` cannot run. A weight of another dtype is taken: the op converts it as it modulates it."""
+    return _epilogue_reason(act, gain) or _dtype_reason(x)
 
 
 def _epilogue_reason(act: str, gain: float) -> str | None:

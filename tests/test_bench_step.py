@@ -57,13 +57,6 @@ def test_wrong_values_have_no_time() -> None:
             bench.gate("ours", torch.tensor([3.0, wrong]), wanted, "fp32")
 
 
-def test_ours_is_left_out_where_it_lacks_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, contenders = part("bench_step"), part("contenders")
-    monkeypatch.setattr(contenders, "_offers_precision", lambda: False)
-    world = contenders.World(contenders.Row("tweak", "bf16", 1, "tiny 32", bench.TINY), torch.device("cpu"))
-    assert bench.measured("ours", lambda: contenders.ours(world), torch.ones(3), "bf16") == {}
-
-
 def test_too_little_memory_is_said() -> None:
     def build() -> Any:
         raise torch.OutOfMemoryError("no")
