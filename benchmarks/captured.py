@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +119,8 @@ def compare(net: Network, device: torch.device) -> list[dict[str, Any]]:
         loss = F.mse_loss(image, wanted)
         return loss * (1.0 if loss.item() > 0 else 0.0)
 
-    with captures(True), warnings.catch_warnings(record=True) as told:
+    may = mock.patch.dict(os.environ, CLONE_FAST_STRICT="0")
+    with may, captures(True), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         fallen = tweak(generator, net.discriminator, start, photo, base, similarity=reading).rows
     with captures(False):

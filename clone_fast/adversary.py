@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from clone_fast.capture import adam, set_rates
+from clone_fast.capture import adam, update
 from clone_fast.losses import discriminator_adversarial, r1_penalty
 from clone_fast.nn import Discriminator
 
@@ -60,8 +60,7 @@ class Adversary:
             objective = loss + penalty * (self.r1_gamma / 2 * self.r1_interval)
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
-        set_rates(self.optimizer, rate)
-        self.optimizer.step()
+        update(self.optimizer, rate)
         return loss.detach()
 
     def compare(self, real: Tensor, fake: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -11,18 +11,38 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from clone_fast.errors import BackendError
+from clone_fast.ops import compile_ahead
 
 # Of each variant before its capture: kernels are compiled and loaded, optimisers allocate. Not more, since an eager
 # call while there are graphs needs memory beside theirs.
 EAGER_CALLS = 1
 ROWS = 1024  # of a table, at most: longer runs draw the next rows when these are used up
+
+
+_rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
+
+
+def rehearsing() -> bool:
+    """Whether this call of an iteration is to change nothing that lasts: see `Captured`."""
+    return _rehearsing.get()
+
+
+@contextmanager
+def _rehearsal() -> Iterator[None]:
+    token = _rehearsing.set(True)
+    try:
+        yield
+    finally:
+        _rehearsing.reset(token)
 
 
 class CudaGraphs:
@@ -77,6 +97,9 @@ class Captured:
     records it, which executes nothing, and from then on the graph is replayed. Where recording fails, all calls are
     eager from then on, with one warning; CLONE_FAST_STRICT=1 makes that an error.
 
+    Before the first of a variant there is a rehearsal, that the kernels may be compiled side by side: the function is
+    called, numbers are of no worth, and `update`, `Table.advance` and what else asks `rehearsing` do nothing.
+
     Args:
         function: takes a variant's values, and works on tensors that stay where they are. It must set the gradients it
             needs to None itself, so that they lie in the graphs' memory.
@@ -84,13 +107,15 @@ class Captured:
     """
 
     def __init__(self, function: Callable[..., None], device: torch.device) -> None:
-        self.function = function
+        self.function, self.device = function, device
         self.graphs = graphs_of(device)
         self.calls: Counter[tuple[Hashable, ...]] = Counter()
         self.replays: dict[tuple[Hashable, ...], Callable[[], None]] = {}
 
     def __call__(self, *variant: Hashable) -> None:
         run = partial(self.function, *variant)
+        if self.graphs is not None and not self.calls[variant]:
+            self._rehearse(run)
         if self.graphs is not None and variant not in self.replays and self.calls[variant] >= EAGER_CALLS:
             self._record(variant, run)
         self.calls[variant] += 1
@@ -105,6 +130,12 @@ class Captured:
         """Let go of the graphs and of their memory; later calls are eager."""
         self.replays.clear()
         self.graphs = None
+
+    def _rehearse(self, run: Callable[[], None]) -> None:
+        graphs = self.graphs
+        if graphs is not None:
+            with _rehearsal():
+                compile_ahead(lambda: graphs.aside(run), self.device)
 
     def _record(self, variant: tuple[Hashable, ...], run: Callable[[], None]) -> None:
         if self.graphs is None:
@@ -159,11 +190,12 @@ class Table:
 
     def advance(self) -> None:
         """Go to the next row, on the device."""
-        self.index.add_(1)
+        if not rehearsing():
+            self.index.add_(1)
 
 
 def adam(groups: list[tuple[list[Tensor], float]], *, betas: tuple[float, float]) -> torch.optim.Adam:
-    """Fused Adam that can be captured, for groups of (parameters, peak of the learning rate); see `set_rates`."""
+    """Fused Adam that can be captured, for groups of (parameters, peak of the learning rate); see `update`."""
     device = groups[0][0][0].device
     return torch.optim.Adam(
         [{"params": tensors, "lr": torch.tensor(peak, device=device), "peak": peak} for tensors, peak in groups],
@@ -174,7 +206,10 @@ def adam(groups: list[tuple[list[Tensor], float]], *, betas: tuple[float, float]
 
 
 @torch.no_grad()
-def set_rates(optimizer: torch.optim.Optimizer, rate: Tensor) -> None:
-    """Set each group's learning rate to `rate` [], on the device, times the group's peak."""
+def update(optimizer: torch.optim.Optimizer, rate: Tensor) -> None:
+    """A step of the optimiser, each group's learning rate being `rate` [], on the device, times the group's peak."""
+    if rehearsing():
+        return
     for group in optimizer.param_groups:
         torch.mul(rate, group["peak"], out=group["lr"])
+    optimizer.step()

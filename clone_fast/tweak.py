@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from clone_fast.adversary import Adversary
-from clone_fast.capture import Board, Captured, adam, set_rates
+from clone_fast.capture import Board, Captured, adam, update
 from clone_fast.draws import Draws, Wanted
 from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent import Latent
@@ -207,8 +207,7 @@ class Tweak:
         loss = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        set_rates(self.optimizer, rate)
-        self.optimizer.step()
+        update(self.optimizer, rate)
         self.draws.table.advance()
         values = {"loss": loss, **values, **terms}
         self.board.write(values)

@@ -65,21 +65,6 @@ def compiled_launches(module: str, function: str) -> list[Compiled]:
         return [Compiled(**row) for row in json.loads(out.read_text())]
 
 
-class Hopper:
-    """As much of a Triton driver as compilation asks for."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", CAPABILITY, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of local memory (what spills lies there) of a thread."""
     import triton
@@ -99,7 +84,9 @@ def collect(module: str, function: str) -> list[Compiled]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    driver.set_active(Hopper())
+    from clone_fast.kernels._ahead import Compiling
+
+    driver.set_active(Compiling(CAPABILITY))
     found: dict[int, tuple[Any, dict[str, Any]]] = {}
     run = JITFunction.run
 

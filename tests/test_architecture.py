@@ -53,7 +53,7 @@ HOUSE = (
     Layer("progress"),
     Layer("settings", imports="nn"),
     Layer("memory", imports="nn settings"),
-    Layer("capture"),
+    Layer("capture", imports="ops"),
     Layer("draws", imports="capture nn"),
     Layer("latent", imports="losses nn metrics progress capture memory", lazily="lpips", packages="torch tqdm"),
     Layer("adversary", imports="losses nn capture"),

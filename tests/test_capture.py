@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clone_fast import capture, draws
 from clone_fast import tweak as tweak_module
-from clone_fast.capture import EAGER_CALLS, Board, Captured, Table, adam, set_rates
+from clone_fast.capture import EAGER_CALLS, Board, Captured, Table, adam, update
 from clone_fast.errors import BackendError
 from clone_fast.latent import LatentSettings, optimise
 from clone_fast.nn import Network
@@ -160,12 +160,11 @@ def test_adam_takes_its_rates_from_the_device() -> None:
     ours = adam([([mine[0]], 0.1), ([mine[1]], 0.5)], betas=(0.0, 0.99))
     plain = torch.optim.Adam([{"params": [p], "lr": 0.0} for p in theirs], betas=(0.0, 0.99), foreach=False)
     for rate in (0.25, 1.0):
-        set_rates(ours, torch.tensor(rate))
         for group, peak in zip(plain.param_groups, (0.1, 0.5), strict=True):
             group["lr"] = rate * peak
         for p in (*mine, *theirs):
             p.grad = p.detach().square() - 0.3
-        ours.step()
+        update(ours, torch.tensor(rate))
         plain.step()
     torch.testing.assert_close(mine, theirs)
 
@@ -189,6 +188,30 @@ def test_a_captured_tweak_is_the_eager_one(changes: dict[str, Any], played: list
     assert repr(captured.rows) == repr(eager.rows)
     assert all(torch.equal(captured.latent.noise[name], value) for name, value in eager.latent.noise.items())
     assert all(p.grad is None for p in captured.generator.parameters())
+
+
+@pytest.mark.parametrize("changes", [{}, {"mode": "recon", "noise_lr": 0.01}], ids=str)
+def test_a_rehearsal_changes_nothing(
+    changes: dict[str, Any], played: list[PlayedGraphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of the tweak nor of the search."""
+    net, s = tiny.network(), tiny.settings(steps=8, r1_interval=3, **changes)
+    search = LatentSettings(steps=5, start_samples=8, noise_maps=True)
+    plain, found = run(net, s), optimise(net.generator, PHOTO, search)
+    rehearsed = 0
+
+    def compile_ahead(call: Callable[[], None], device: torch.device) -> int:
+        nonlocal rehearsed
+        rehearsed += 1
+        call()
+        return 1
+
+    monkeypatch.setattr(capture, "compile_ahead", compile_ahead)
+    again = run(net, s)
+    tiny.assert_state(again.generator, tiny.state(plain.generator))
+    assert repr(again.rows) == repr(plain.rows)
+    assert torch.equal(optimise(net.generator, PHOTO, search).latent.ws, found.latent.ws)
+    assert rehearsed == 1 + (1 if "mode" in changes else 2)  # with and without R1
 
 
 def test_the_variants_are_recorded_in_the_order_of_the_draws(played: list[PlayedGraphs]) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clone_fast.capture import ROWS, Board, Captured, Table, adam, set_rates
+from clone_fast.capture import ROWS, Board, Captured, Table, adam, rehearsing, update
 from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity
@@ -202,10 +202,9 @@ class Search:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.board.write({"loss": loss, "psnr": quick_psnr(image, self.photo)})
-        set_rates(self.optimizer, self.table["rate"])
-        self.optimizer.step()
+        update(self.optimizer, self.table["rate"])
         with torch.no_grad():
-            for m in self.tuned[1:]:  # keep the maps at zero mean and unit variance
+            for m in [] if rehearsing() else self.tuned[1:]:  # keep the maps at zero mean and unit variance
                 m.sub_(m.mean()).mul_(m.square().mean().rsqrt())
         self.table.advance()
 

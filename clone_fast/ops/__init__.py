@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clone_fast.ops.bias_act import bias_act
-from clone_fast.ops.dispatch import backend, explain, is_fast
+from clone_fast.ops.dispatch import backend, compile_ahead, explain, is_fast
 from clone_fast.ops.laplacian_pyramid import laplacian_pyramid, laplacian_pyramid_loss
 from clone_fast.ops.modulated_conv2d import modulated_conv2d
 from clone_fast.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
@@ -12,6 +12,7 @@ from clone_fast.reference.convolution import fast_double_backward
 __all__ = [
     "backend",
     "bias_act",
+    "compile_ahead",
     "downsample2d",
     "explain",
     "fast_double_backward",

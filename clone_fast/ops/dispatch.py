@@ -17,7 +17,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -228,6 +228,19 @@ def is_whole(op: str, backend: str, *args: Any) -> bool:
     """Whether the leaf of this backend launches the op in one; otherwise it is composed of steps."""
     found = leaf(op, backend)
     return not isinstance(found, str) and found.why_not("", args) is None
+
+
+def compile_ahead(run: Callable[[], None], device: torch.device) -> int:
+    """Compile side by side the kernels that `run` launches on this device, by a call that computes nothing of use.
+
+    Returns how many there were; see `clone_fast.kernels._ahead`. On other devices, and without Triton's leaves, `run`
+    is not called.
+    """
+    if device.type != "cuda" or _configured() == "reference" or isinstance(leaf(OPS[0], "triton"), str):
+        return 0
+    ahead = importlib.import_module("clone_fast.kernels._ahead")
+    count: int = ahead.compile_ahead(run)
+    return count
 
 
 def _report_fallback(message: str) -> None:
