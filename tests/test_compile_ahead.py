@@ -41,7 +41,8 @@ with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     counts = [_ahead.compile_ahead(work), _ahead.compile_ahead(work)]
 work()
-print(json.dumps({"counts": counts, "hits": hits, "told": [str(w.message) for w in told if "side by side" in str(w.message)]}))
+told = [str(w.message) for w in told if "side by side" in str(w.message)]
+print(json.dumps({"counts": counts, "hits": hits, "told": told}))
 """
 
 

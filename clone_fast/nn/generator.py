@@ -110,11 +110,13 @@ class Prepared(NamedTuple):
     Attributes:
         styles: [N, in_channels], the factors of the input channels.
         bias: [out_channels].
+        noise: map [r, r] or [N, 1, r, r]; None for none.
         noise_strength: scalar; None where the layer takes no noise.
     """
 
     styles: Tensor
     bias: Tensor
+    noise: Tensor | None = None
     noise_strength: Tensor | None = None
 
 
@@ -144,18 +146,14 @@ class SynthesisLayer(nn.Module):
         self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS))
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
 
-    def forward(self, x: Tensor, given: Prepared, noise_mode: str, noise: Tensor | None = None) -> Tensor:
-        if noise is None and noise_mode == "const":
-            noise = self.noise_const
-        elif noise is None and noise_mode == "random":
-            noise = torch.randn(x.shape[0], 1, self.resolution, self.resolution, device=x.device)
+    def forward(self, x: Tensor, given: Prepared) -> Tensor:
         return modulated_conv2d(
             x,
             self.weight,
             given.styles,
             up=self.up,
             resample_filter=self.resample_filter.float(),
-            noise=noise,
+            noise=given.noise,
             noise_strength=given.noise_strength,
             bias=given.bias,
             act="lrelu",
@@ -206,18 +204,11 @@ class SynthesisBlock(nn.Module):
             yield "conv0", self.conv0
         yield from (("conv1", self.conv1), ("torgb", self.torgb))
 
-    def forward(
-        self,
-        x: Tensor,
-        img: Tensor | None,
-        given: Mapping[str, Prepared],
-        noise_mode: str,
-        noise: Mapping[str, Tensor | None],
-    ) -> tuple[Tensor, Tensor]:
-        """x: of the first block its constant [N, C, 4, 4]. given: what every layer takes, noise: its map, by name."""
+    def forward(self, x: Tensor, img: Tensor | None, given: Mapping[str, Prepared]) -> tuple[Tensor, Tensor]:
+        """x: of the first block its constant [N, C, 4, 4]. given: what every layer takes, by name."""
         if not self.first:
-            x = self.conv0(x, given["conv0"], noise_mode, noise["conv0"])
-        x = self.conv1(x, given["conv1"], noise_mode, noise["conv1"])
+            x = self.conv0(x, given["conv0"])
+        x = self.conv1(x, given["conv1"])
         rgb = self.torgb(x, given["torgb"])
         if img is None:
             return x, rgb.to(at_least_float32(rgb.dtype))
@@ -257,17 +248,30 @@ class SynthesisNetwork(nn.Module):
         parts = styles.split([len(affine.weight) for affine in affines], dim=1)
         return {name: part for (name, _), part in zip(self._layers(), parts, strict=True)}
 
-    def _prepared(self, ws: Tensor, dtype: torch.dtype) -> dict[str, dict[str, Prepared]]:
+    def _noise(self, n: int, noise_mode: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The maps that n images take, by the name of the layer; those that are given go before the mode's."""
+        maps = {}
+        for name, const in self.noise_consts().items():
+            if name in given:
+                maps[name] = given[name]
+            elif noise_mode == "const":
+                maps[name] = const
+            elif noise_mode == "random":
+                maps[name] = torch.randn(n, 1, *const.shape, device=const.device)
+        return maps
+
+    def _prepared(self, ws: Tensor, noise: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, dict[str, Prepared]]:
         """What the layers take, by block and layer."""
         layers, styles = dict(self._layers()), self.styles(ws)
         noisy = {name: layer for name, layer in layers.items() if isinstance(layer, SynthesisLayer)}
         values = [layer.bias for layer in layers.values()] + [layer.noise_strength for layer in noisy.values()]
-        small = in_one_go(values, dtype)
+        small, maps = in_one_go(values, dtype), dict(zip(noise, in_one_go(list(noise.values()), dtype), strict=True))
         strengths = dict(zip(noisy, small[len(layers) :], strict=True))
         found: dict[str, dict[str, Prepared]] = {}
         for name, bias in zip(layers, small, strict=False):
             block, _, layer = name.partition(".")
-            found.setdefault(block, {})[layer] = Prepared(styles[name], bias, strengths.get(name))
+            made = Prepared(styles[name], bias, maps.get(name), strengths.get(name))
+            found.setdefault(block, {})[layer] = made
         return found
 
     def noise_names(self) -> list[str]:
@@ -312,11 +316,10 @@ class SynthesisNetwork(nn.Module):
         const: Tensor = self.get_parameter("b4.const")
         x = fast_layout(const.expand(ws.shape[0], -1, -1, -1), dtype)
         img: Any = None
-        prepared = self._prepared(ws, x.dtype)
+        prepared = self._prepared(ws, self._noise(ws.shape[0], noise_mode, noise), x.dtype)
         for resolution in self.block_resolutions:
             name = f"b{resolution}"
-            maps = {key: noise.get(f"{name}.{key}") for key in ("conv0", "conv1")}
-            x, img = self.get_submodule(name)(x, img, prepared[name], noise_mode, maps)
+            x, img = self.get_submodule(name)(x, img, prepared[name])
         image: Tensor = img.contiguous()
         return image
 

@@ -44,7 +44,6 @@ def in_one_go(values: Sequence[Tensor], dtype: torch.dtype, factor: Tensor | Non
     """Small tensors times their parts of factor, in dtype: as views into one, by two or three launches for all.
 
     Args:
-        values: of at most one dimension.
         factor: a number for each of their elements, one after the other; None for 1.
     """
     if factor is None and all(value.dtype == dtype for value in values):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clone_fast.ops.dispatch import launch_step
+from clone_fast.ops.streams import side_by_side
 from clone_fast.ops.upfirdn2d import adjoint
 from clone_fast.reference.modulated_conv2d import downsampling_padding, upsampling_padding
 
@@ -47,10 +48,12 @@ def convolution_gradients(
     g, *sums = step("act_backward", dy, y, noise, noise_strength, act, gain, clamp, *want_sums)
     dx = dw = None
     if up == 1 and down == 1:
-        if want_dx:
-            dx = step("conv", g, weight.transpose(-3, -4), 1, weight.shape[-1] // 2, True)
-        if want_dw:
-            dw = step("wgrad", x, g, weight.shape[-1], 1, weight.shape[-1] // 2, weight.ndim == 5, weight.dtype)
+        k = weight.shape[-1]
+        dx, dw = side_by_side(
+            x.device,
+            lambda: step("conv", g, weight.transpose(-3, -4), 1, k // 2, True) if want_dx else None,
+            lambda: step("wgrad", x, g, k, 1, k // 2, weight.ndim == 5, weight.dtype) if want_dw else None,
+        )
     elif want_dx or want_dw:
         f = torch.ones([1, 1], device=x.device) if resample_filter is None else resample_filter
         resample = _up_gradients if up == 2 else _down_gradients
@@ -69,10 +72,11 @@ def _up_gradients(
     k = weight.shape[-1]
     size = [2 * (n - 1) + k for n in x.shape[2:]]  # of the transposed convolution
     h = _fir(backend, g, f, *adjoint(size, g.shape[2:], f, ONE, ONE, upsampling_padding(f, k)), True, 4.0)
-    dx = step("conv", h, weight.transpose(-3, -4), 2, 0, False) if want_dx else None
-    if not want_dw:
-        return dx, None
-    return dx, step("wgrad", h, x, k, 2, 0, weight.ndim == 5, weight.dtype).transpose(-3, -4)
+    return side_by_side(
+        x.device,
+        lambda: step("conv", h, weight.transpose(-3, -4), 2, 0, False) if want_dx else None,
+        lambda: step("wgrad", h, x, k, 2, 0, weight.ndim == 5, weight.dtype).transpose(-3, -4) if want_dw else None,
+    )
 
 
 def _down_gradients(
@@ -81,11 +85,18 @@ def _down_gradients(
     k = weight.shape[-1]
     stride, down = (1, TWO) if k == 1 else (2, ONE)  # a 1x1 kernel decimates inside the FIR
     padding = downsampling_padding(f, k)
-    dx = dw = None
-    if want_dx:
+
+    def input_gradient() -> Tensor:
         filtered = step("conv", g, weight.transpose(-3, -4), stride, 0, True)
-        dx = _fir(backend, filtered, f, *adjoint(x.shape[2:], filtered.shape[2:], f, ONE, down, padding), True, 1.0)
-    if want_dw:
+        return _fir(backend, filtered, f, *adjoint(x.shape[2:], filtered.shape[2:], f, ONE, down, padding), True, 1.0)
+
+    def weight_gradient() -> Tensor:
         filtered = _fir(backend, x, f, ONE, down, padding, False, 1.0)
-        dw = step("wgrad", filtered, g, k, stride, 0, weight.ndim == 5, weight.dtype)
-    return dx, dw
+        dw: Tensor = step("wgrad", filtered, g, k, stride, 0, weight.ndim == 5, weight.dtype)
+        return dw
+
+    return side_by_side(
+        x.device,
+        lambda: input_gradient() if want_dx else None,
+        lambda: weight_gradient() if want_dw else None,
+    )

@@ -131,7 +131,8 @@ def _like(grad: Tensor | None, value: Tensor) -> Tensor:
     out = torch.empty_like(value)
     if grad is None:
         return out.zero_()
-    same = grad.dtype == out.dtype and grad.stride() == out.stride()
+    strides = zip(grad.stride(), out.stride(), grad.shape, strict=True)
+    same = grad.dtype == out.dtype and all(one == other for one, other, size in strides if size > 1)
     return grad if same else out.copy_(grad)
 
 
