@@ -26,7 +26,7 @@ ROWS = 1024  # of a table, at most: longer runs draw the next rows when these ar
 
 
 class CudaGraphs:
-    """What a CUDA device offers: a side stream, and graphs that share one pool of memory.
+    """What a CUDA device offers: a stream for them, and graphs that share one pool of memory.
 
     They may share it because no two of them run at once, and none leaves a result there that is read after another one
     has run: results go to tensors that existed before.
@@ -34,11 +34,14 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        current = torch.cuda.current_stream(device)
+        # The default stream cannot be captured. Any other one is captured itself: what libraries keep for a stream,
+        # say cuBLAS its workspace, then serves graphs that never run at once.
+        self.stream = torch.cuda.Stream(device) if current == torch.cuda.default_stream(device) else current
         self.pool = torch.cuda.graph_pool_handle()
 
     def aside(self, run: Callable[[], None]) -> None:
-        """Run on the side stream, after all that was launched before and before all that comes."""
+        """Run on the graphs' stream, after all that was launched before and before all that comes."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):

@@ -30,6 +30,7 @@ from clone_fast.memory import full
 from clone_fast.nn import Discriminator, Generator, Precision
 from clone_fast.progress import Keeper, Progress, Record, quick_psnr, ramp
 from clone_fast.settings import TweakSettings
+from clone_fast.stepwise import Pause, Steps, stepwise
 
 __all__ = ["Tweak", "TweakSettings", "Tweaked", "tweak", "usable"]
 
@@ -275,6 +276,7 @@ def _synthesise(
 COLLAPSE_DB = 8.0  # a PSNR that far below the best so far is not going to recover within the steps of a tweak
 
 
+@stepwise
 def tweak(
     generator: Generator,
     discriminator: Discriminator | None,
@@ -288,7 +290,7 @@ def tweak(
     seed: int = 0,
     progress: Progress | None = None,
     interrupted: bool = False,
-) -> Tweaked:
+) -> Steps[Tweaked]:
     """Tweak copies of the generator and the discriminator until the generator draws the photo for the latent.
 
     Args:
@@ -334,6 +336,7 @@ def tweak(
             if due:
                 keeper.look()
             values = work.step()
+            yield Pause.STEP  # before the read, which waits for what was launched
             if not due:
                 continue
             fresh = "psnr" in values  # an iteration without the local term says nothing new of the clone
@@ -356,7 +359,8 @@ def tweak(
         message = full("tweak", generator.arch, photo.device, settings)
         if not record.rows:
             raise MemoryLimitError(message)
-        warnings.warn(f"{message}; the weights of the last check are kept", RuntimeWarning, stacklevel=2)
+        yield Pause.FULL
+        warnings.warn(f"{message}; the weights of the last check are kept", RuntimeWarning, stacklevel=4)
     if not stopped and not all(torch.isfinite(value).all() for value in work.moved()):
         stopped = "diverged"  # in the very last update, which no check has seen
     if stopped == "diverged" and len(record.rows) == 1:

@@ -19,8 +19,9 @@ from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity
 from clone_fast.memory import full
-from clone_fast.nn import PRECISIONS, Generator, Precision
+from clone_fast.nn import PRECISIONS, Generator, Precision, frozen
 from clone_fast.progress import Keeper, Progress, Record, quick_psnr, ramp
+from clone_fast.stepwise import Pause, Steps, stepwise
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ class Search:
         self.table.advance()
 
 
+@stepwise
 def optimise(
     generator: Generator,
     photo: Tensor,
@@ -218,7 +220,7 @@ def optimise(
     start: Latent | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Outcome:
+) -> Steps[Outcome]:
     """Find the latent whose image is most similar to the photo; the generator stays as it is.
 
     Args:
@@ -240,36 +242,35 @@ def optimise(
     record = Record("latent", settings.steps, settings.check_every, progress)
     keeper = Keeper(work.tuned, [])
     interrupted = diverged = memory = False
-    required = [p.requires_grad for p in generator.parameters()]
-    generator.requires_grad_(False)
-    try:
-        for step in range(1, settings.steps + 1):
-            due = record.due(step)
-            if due:
-                keeper.look()
-            work.step()
-            if not due:
-                continue
-            row = record.add(step, **work.board.slots)
-            if not math.isfinite(row["loss"]):
-                if len(record.rows) == 1:
-                    raise DivergenceError("the search of the latent is not finite from the first step on")
-                diverged = True
-                break
-            keeper.keep()
-    except KeyboardInterrupt:
-        interrupted = True
-    except torch.OutOfMemoryError:
-        memory = True
-    finally:
-        work.release()
-        for parameter, flag in zip(generator.parameters(), required, strict=True):
-            parameter.requires_grad_(flag)
+    with frozen(generator):
+        try:
+            for step in range(1, settings.steps + 1):
+                due = record.due(step)
+                if due:
+                    keeper.look()
+                work.step()
+                yield Pause.STEP  # before the read, which waits for what was launched
+                if not due:
+                    continue
+                row = record.add(step, **work.board.slots)
+                if not math.isfinite(row["loss"]):
+                    if len(record.rows) == 1:
+                        raise DivergenceError("the search of the latent is not finite from the first step on")
+                    diverged = True
+                    break
+                keeper.keep()
+        except KeyboardInterrupt:
+            interrupted = True
+        except torch.OutOfMemoryError:
+            memory = True
+        finally:
+            work.release()
     if memory:
         message = full("latent", generator.arch, photo.device)
         if not record.rows:
             raise MemoryLimitError(message)
-        warnings.warn(f"{message}; the latent of the last check is kept", RuntimeWarning, stacklevel=2)
+        yield Pause.FULL
+        warnings.warn(f"{message}; the latent of the last check is kept", RuntimeWarning, stacklevel=4)
     if interrupted or diverged or memory:
         keeper.restore()
     return Outcome(work.latent(), record.rows, interrupted)
