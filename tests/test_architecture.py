@@ -77,6 +77,7 @@ HOUSE = (
         lazily="demo",
         packages="torch tqdm safetensors",
     ),
+    Layer("many", imports="invert inversion tweak memory nn stepwise"),
     Layer(
         "report",
         imports="inversion invert metrics edit photo files",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from played import PlayedGraphs
 from tiny import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor
 
@@ -23,32 +23,6 @@ from clone_fast.tweak import Tweak, Tweaked
 
 PHOTO = tiny.photo()
 CPU = torch.device("cpu")
-
-
-class PlayedGraphs:
-    """As CudaGraphs on a CPU: recording executes nothing, a replay does what was recorded. Keeps a log."""
-
-    def __init__(self, refuse: int = 0) -> None:
-        self.log: list[str] = []
-        self.recorded = 0
-        self.refuse = refuse  # the n-th recording raises
-
-    def aside(self, run: Callable[[], None]) -> None:
-        self.log.append("eager")
-        run()
-
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        self.recorded += 1
-        if self.recorded == self.refuse:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        number = self.recorded
-        self.log.append(f"record {number}")
-
-        def replay() -> None:
-            self.log.append(f"replay {number}")
-            run()
-
-        return replay
 
 
 @pytest.fixture
