@@ -127,13 +127,17 @@ class Board:
     """Scalars that an iteration leaves behind, in memory that stays; each keeps its value until it is written again."""
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
-        values = torch.full([len(names)], torch.nan, device=device)
-        self.slots = dict(zip(names, values.unbind(), strict=True))
+        self.values = torch.full([len(names)], torch.nan, device=device)
+        self.slots = dict(zip(names, self.values.unbind(), strict=True))
 
     def write(self, values: dict[str, Tensor]) -> None:
         """Copy these values into their places, on the device."""
         places = [self.slots[name] for name in values]
         torch._foreach_copy_(places, [value.detach().float() for value in values.values()])
+
+    def clear(self) -> None:
+        """As if nothing had been written."""
+        self.values.fill_(torch.nan)
 
     def read(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """The places of these names, which the next iteration writes again."""
@@ -147,13 +151,17 @@ class Table:
     """
 
     def __init__(self, rows: dict[str, Tensor], device: torch.device) -> None:
-        self.rows = {name: value.to(device) for name, value in rows.items()}
+        self.rows: dict[str, Tensor] = {}
         self.index = torch.zeros([1], dtype=torch.int64, device=device)
+        self.refill(rows)
 
     def refill(self, rows: dict[str, Tensor]) -> None:
-        """Other rows in the same memory, to be read from the first one on."""
+        """Other rows in the same memory, to be read from the first one on; those of a new name make it."""
         for name, value in rows.items():
-            self.rows[name].copy_(value)
+            if name in self.rows:
+                self.rows[name].copy_(value)
+            else:
+                self.rows[name] = value.to(self.index.device)
         self.index.zero_()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -174,6 +182,14 @@ def adam(groups: list[tuple[list[Tensor], float]], *, betas: tuple[float, float]
         fused=True,
         capturable=device.type == "cuda",
     )
+
+
+@torch.no_grad()
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Zero an optimiser's state as before its first step, in place, since graphs hold where it lies."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
 
 
 @torch.no_grad()

@@ -19,14 +19,14 @@ from clone_fast.checkpoints import load_network, require_discriminator
 from clone_fast.edit import pca_directions
 from clone_fast.errors import SettingsError
 from clone_fast.inversion import Inversion
-from clone_fast.latent import Latent, LatentSettings, optimise
+from clone_fast.latent import Latent, LatentSettings, Search, optimise
 from clone_fast.losses import Similarity
 from clone_fast.nn import Generator, Network
 from clone_fast.photo import load_photo
 from clone_fast.photo import real_images as load_real_images
 from clone_fast.progress import Progress
 from clone_fast.stepwise import Steps, drain, stepwise
-from clone_fast.tweak import TweakSettings, tweak, usable
+from clone_fast.tweak import Tweak, TweakSettings, tweak, usable
 
 DRIFT_SAMPLES = 64
 
@@ -41,11 +41,15 @@ class Opened:
         network: read and moved.
         name: what results call it.
         directions: named directions of W: the file's, or those of `pca_directions`.
+        searches, tweaks: where the work of an ended photo waits for the next one with the same options; without these
+            lists every photo begins with work, and graphs, of its own.
     """
 
     network: Network
     name: str
     directions: dict[str, Tensor]
+    searches: list[Search] | None = None
+    tweaks: list[Tweak] | None = None
 
 
 @stepwise
@@ -118,7 +122,9 @@ def invert(
         target = load_photo(photo, generator.img_resolution, resize=resize, crop=crop).to(where)
         start = _start(latent, generator, where)
     with _clock(seconds, "latent", where):
-        found = yield from optimise.steps(generator, target, search, start=start, seed=seed, progress=progress)
+        found = yield from optimise.steps(
+            generator, target, search, start=start, seed=seed, progress=progress, spare=opened.searches
+        )
     with _clock(seconds, "tweak", where):
         tweaked = yield from tweak.steps(
             generator,
@@ -132,6 +138,7 @@ def invert(
             seed=seed,
             progress=progress,
             interrupted=found.interrupted,
+            spare=opened.tweaks,
         )
     inversion = Inversion(
         photo=target,

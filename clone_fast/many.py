@@ -2,7 +2,8 @@
 
 A captured iteration of one photo is a few hundred small kernels that leave much of a large GPU idle. Here every photo
 has its own graphs on a CUDA stream of its own, one thread launches one iteration of each in turn, and the GPU runs
-them side by side. What a photo computes is what it would compute alone: no batch, no shared weights, and its own end.
+them side by side. As a photo ends it leaves its graphs, of which the capture costs as much as many iterations, to the
+next one. What a photo computes is what it would compute alone: no batch, no shared weights, and its own end.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from inspect import GEN_CLOSED, getgeneratorstate, signature
 from typing import Any
 
@@ -106,9 +108,10 @@ def invert_many(
 
 
 class _Place:
-    """Room for one photo at a time, with a CUDA stream of its own."""
+    """Room for one photo at a time: a CUDA stream, and the work and graphs that one photo leaves to the next."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, opened: Opened, device: torch.device) -> None:
+        self.opened = replace(opened, searches=[], tweaks=[])
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def active(self) -> AbstractContextManager[Any]:
@@ -212,8 +215,8 @@ class _Window:
         if following is None:
             return False
         index, photo = following
-        place = self.free.pop() if self.free else _Place(self.device)
-        self.live.append(_Job(index, photo, place, invert.steps(photo, self.opened, **self.options)))
+        place = self.free.pop() if self.free else _Place(self.opened, self.device)
+        self.live.append(_Job(index, photo, place, invert.steps(photo, place.opened, **self.options)))
         self._follow()
         return True
 

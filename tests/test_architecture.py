@@ -62,7 +62,7 @@ HOUSE = (
         lazily="lpips",
         packages="torch tqdm",
     ),
-    Layer("adversary", imports="losses nn capture"),
+    Layer("adversary", imports="losses nn capture settings"),
     Layer("tweak", imports="losses nn progress settings memory capture draws latent adversary stepwise"),
     Layer("edit", imports="nn checkpoints files", packages="torch numpy safetensors"),
     Layer("demo", imports="nn ops losses checkpoints photo metrics files", packages=ANY),

@@ -329,3 +329,69 @@ def test_as_many_at_once_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     list(invert_each(PHOTOS * 2, net, similarity=Watch(count), **options(mode="recon", steps=1)))
     assert most == 5
     assert many.MOST == 8
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["clone", "recon"])
+def test_many_on_a_gpu_are_one_after_the_other(mode: str) -> None:
+    """Within what two runs of `invert` differ by: not all sums are taken in the same order each time.
+
+    Results are read late by the caller's stream and then freed, while the next photos go on in that memory.
+    """
+    net = tiny.network().to(torch.device("cuda"))
+    asked = options(mode=mode, steps=16, local_probability=0.7, r1_interval=4) | {"device": "cuda", "latent_steps": 8}
+    once, twice = ([invert(photo, net, **asked) for photo in PHOTOS] for _ in range(2))
+    images: dict[int, Tensor] = {}
+    losses: dict[int, Tensor] = {}
+    for index, result in invert_each(PHOTOS, net, at_once=3, **asked):
+        assert isinstance(result, Inversion)
+        torch.cuda._sleep(50_000_000)
+        images[index] = result.image + 0
+        losses[index] = curve(result)
+        del result
+    assert sorted(images) == list(range(5))
+    for i, (one, other) in enumerate(zip(once, twice, strict=True)):
+        apart = float(((curve(one) - curve(other)) / curve(one)).abs().max())
+        torch.testing.assert_close(losses[i], curve(one), rtol=max(1e-3, 5 * apart), atol=0)
+        allowed = max(2e-3, 5 * float((one.image - other.image).abs().max()))
+        torch.testing.assert_close(images[i], one.image, rtol=0, atol=allowed)
+
+
+def curve(result: Inversion) -> Tensor:
+    return torch.tensor([row["loss"] for row in result.history])
+
+
+@pytest.mark.gpu
+def test_what_the_caller_launched_before_is_waited_for() -> None:
+    """Weights and photos that are still being written when the photos begin."""
+    net = tiny.network().to(torch.device("cuda"))
+    asked = options(mode="recon", steps=4) | {"device": "cuda"}
+    want = [invert(photo, net, **asked).photo for photo in PHOTOS]
+    weight = net.generator.synthesis.get_parameter("b16.torgb.weight")
+    known = weight.detach().clone()
+
+    def photos() -> Iterator[Tensor]:
+        for photo in PHOTOS:
+            given = torch.zeros_like(photo, device="cuda")
+            torch.cuda._sleep(200_000_000)
+            given.copy_(photo)
+            yield given
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.no_grad():
+            weight.zero_()
+            torch.cuda._sleep(200_000_000)
+            weight.copy_(known)
+        results = invert_many(photos(), net, at_once=2, **asked)
+    for result, photo in zip(results, want, strict=True):
+        assert torch.equal(result.photo, photo)
+        assert float(result.metrics["drift_psnr"] or 0) > 20
+
+
+@pytest.mark.gpu
+def test_as_many_at_once_as_fit_on_a_gpu() -> None:
+    net = tiny.network().to(torch.device("cuda"))
+    assert memory.photos_that_fit(net, tiny.settings(), torch.device("cuda")) > many.MOST
