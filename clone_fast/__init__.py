@@ -13,6 +13,7 @@ from clone_fast.errors import CloneFastError
 from clone_fast.inversion import Inversion
 from clone_fast.invert import invert
 from clone_fast.latent import Latent, LatentSettings
+from clone_fast.many import invert_each, invert_many
 from clone_fast.nn import Architecture, Discriminator, Generator, Network
 from clone_fast.ops import (
     backend,
@@ -44,6 +45,8 @@ __all__ = [
     "bias_act",
     "explain",
     "invert",
+    "invert_each",
+    "invert_many",
     "laplacian_pyramid",
     "laplacian_pyramid_loss",
     "load_generator",

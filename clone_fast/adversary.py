@@ -7,9 +7,29 @@ import copy
 import torch
 from torch import Tensor
 
-from clone_fast.capture import adam, update
+from clone_fast.capture import adam, forget, update
+from clone_fast.errors import SettingsError
 from clone_fast.losses import discriminator_adversarial, r1_penalty
-from clone_fast.nn import Discriminator
+from clone_fast.nn import Discriminator, Generator
+from clone_fast.settings import TweakSettings
+
+
+def usable(
+    discriminator: Discriminator | None,
+    generator: Generator,
+    settings: TweakSettings,
+    label: Tensor | None,
+    real_images: Tensor | None,
+) -> Discriminator:
+    """The discriminator, if the adversarial terms can be had with all of these; raises SettingsError if not."""
+    if discriminator is None:
+        raise SettingsError("mode clone needs a discriminator; give one, or use mode recon")
+    if generator.c_dim and (label is None or real_images is not None):
+        raise SettingsError("a conditional network needs the photo's label, and takes no folder of real images")
+    group = discriminator.arch.mbstd_group_size or 1
+    if settings.batch > group and settings.batch % group:
+        raise SettingsError(f"batch must be <= {group}, the discriminator's group, or a multiple, got {settings.batch}")
+    return discriminator
 
 
 class Adversary:
@@ -30,11 +50,18 @@ class Adversary:
         r1_interval: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.original = discriminator
         self.discriminator = copy.deepcopy(discriminator).train().requires_grad_(True)
         self.adversarial_weight, self.cohesion_weight = adversarial_weight, cohesion_weight
         self.r1_gamma, self.r1_interval, self.dtype = r1_gamma, r1_interval, dtype
         self.turns = 0
         self.optimizer = adam([(list(self.discriminator.parameters()), learning_rate)], betas=(0.0, 0.99))
+
+    def restart(self) -> None:
+        """Begin anew from the original, in the memory that is there."""
+        self.discriminator.load_state_dict(self.original.state_dict())
+        forget(self.optimizer)
+        self.turns = 0
 
     def take_turn(self) -> bool:
         """Count an update, on the host; whether R1 joins it."""

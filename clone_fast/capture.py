@@ -29,6 +29,7 @@ ROWS = 1024  # of a table, at most: longer runs draw the next rows when these ar
 
 
 _rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
+_rehearsed: set[Hashable] = set()
 
 
 def rehearsing() -> bool:
@@ -46,7 +47,7 @@ def _rehearsal() -> Iterator[None]:
 
 
 class CudaGraphs:
-    """What a CUDA device offers: a side stream, and graphs that share one pool of memory.
+    """What a CUDA device offers: a stream for them, and graphs that share one pool of memory.
 
     They may share it because no two of them run at once, and none leaves a result there that is read after another one
     has run: results go to tensors that existed before.
@@ -54,11 +55,14 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        current = torch.cuda.current_stream(device)
+        # The default stream cannot be captured. Any other one is captured itself: what libraries keep for a stream,
+        # say cuBLAS its workspace, then serves graphs that never run at once.
+        self.stream = torch.cuda.Stream(device) if current == torch.cuda.default_stream(device) else current
         self.pool = torch.cuda.graph_pool_handle()
 
     def aside(self, run: Callable[[], None]) -> None:
-        """Run on the side stream, after all that was launched before and before all that comes."""
+        """Run on the graphs' stream, after all that was launched before and before all that comes."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -104,38 +108,40 @@ class Captured:
         function: takes a variant's values, and works on tensors that stay where they are. It must set the gradients it
             needs to None itself, so that they lie in the graphs' memory.
         device: where it runs.
+        kind: what tells functions apart that launch different kernels; one rehearsal serves all of a kind.
     """
 
-    def __init__(self, function: Callable[..., None], device: torch.device) -> None:
-        self.function, self.device = function, device
+    def __init__(self, function: Callable[..., None], device: torch.device, kind: Hashable) -> None:
+        self.function, self.device, self.kind = function, device, kind
         self.graphs = graphs_of(device)
         self.calls: Counter[tuple[Hashable, ...]] = Counter()
         self.replays: dict[tuple[Hashable, ...], Callable[[], None]] = {}
 
     def __call__(self, *variant: Hashable) -> None:
         run = partial(self.function, *variant)
-        if self.graphs is not None and not self.calls[variant]:
-            self._rehearse(run)
+        rehearsal = self.device, self.kind, variant
+        if rehearsal not in _rehearsed:
+            with _rehearsal():
+                compile_ahead(partial(self._eagerly, run), self.device)
+            _rehearsed.add(rehearsal)
         if self.graphs is not None and variant not in self.replays and self.calls[variant] >= EAGER_CALLS:
             self._record(variant, run)
         self.calls[variant] += 1
         if variant in self.replays:
             self.replays[variant]()
-        elif self.graphs is not None:
-            self.graphs.aside(run)
         else:
-            run()
+            self._eagerly(run)
 
     def release(self) -> None:
         """Let go of the graphs and of their memory; later calls are eager."""
         self.replays.clear()
         self.graphs = None
 
-    def _rehearse(self, run: Callable[[], None]) -> None:
-        graphs = self.graphs
-        if graphs is not None:
-            with _rehearsal():
-                compile_ahead(lambda: graphs.aside(run), self.device)
+    def _eagerly(self, run: Callable[[], None]) -> None:
+        if self.graphs is not None:
+            self.graphs.aside(run)
+        else:
+            run()
 
     def _record(self, variant: tuple[Hashable, ...], run: Callable[[], None]) -> None:
         if self.graphs is None:
@@ -155,13 +161,17 @@ class Board:
     """Scalars that an iteration leaves behind, in memory that stays; each keeps its value until it is written again."""
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
-        values = torch.full([len(names)], torch.nan, device=device)
-        self.slots = dict(zip(names, values.unbind(), strict=True))
+        self.values = torch.full([len(names)], torch.nan, device=device)
+        self.slots = dict(zip(names, self.values.unbind(), strict=True))
 
     def write(self, values: dict[str, Tensor]) -> None:
         """Copy these values into their places, on the device."""
         places = [self.slots[name] for name in values]
         torch._foreach_copy_(places, [value.detach().float() for value in values.values()])
+
+    def clear(self) -> None:
+        """As if nothing had been written."""
+        self.values.fill_(torch.nan)
 
     def read(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """The places of these names, which the next iteration writes again."""
@@ -175,13 +185,17 @@ class Table:
     """
 
     def __init__(self, rows: dict[str, Tensor], device: torch.device) -> None:
-        self.rows = {name: value.to(device) for name, value in rows.items()}
+        self.rows: dict[str, Tensor] = {}
         self.index = torch.zeros([1], dtype=torch.int64, device=device)
+        self.refill(rows)
 
     def refill(self, rows: dict[str, Tensor]) -> None:
-        """Other rows in the same memory, to be read from the first one on."""
+        """Other rows in the same memory, to be read from the first one on; those of a new name make it."""
         for name, value in rows.items():
-            self.rows[name].copy_(value)
+            if name in self.rows:
+                self.rows[name].copy_(value)
+            else:
+                self.rows[name] = value.to(self.index.device)
         self.index.zero_()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -203,6 +217,14 @@ def adam(groups: list[tuple[list[Tensor], float]], *, betas: tuple[float, float]
         fused=True,
         capturable=device.type == "cuda",
     )
+
+
+@torch.no_grad()
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Zero an optimiser's state as before its first step, in place, since graphs hold where it lies."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
 
 
 @torch.no_grad()

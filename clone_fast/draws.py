@@ -39,7 +39,7 @@ class Wanted:
 
 
 class Draws:
-    """The random numbers of one tweak.
+    """The random numbers of one tweak, from a `restart` on.
 
     Tables, with a row for each iteration: "rate" [], the factor of the learning rates; where `batch` > 0 "w"
     [batch, w_dim], latents that the original mapping network makes of the draws, "c" [batch, c_dim] of a conditional
@@ -52,16 +52,20 @@ class Draws:
         total: iterations of the tweak; more may be drawn.
     """
 
-    def __init__(
-        self, original: Generator, wanted: Wanted, *, rate: Callable[[int], float], total: int, seed: int
-    ) -> None:
+    def __init__(self, original: Generator, wanted: Wanted, *, rate: Callable[[int], float], total: int) -> None:
         self.original, self.wanted, self.rate = original, wanted, rate
         self.device = original.mapping.w_avg.device
-        self.source = torch.Generator().manual_seed(seed)
+        self.source = torch.Generator()
         self.size, self.taken, self.first = min(total, ROWS), 0, 0
         self.local: list[bool] = []
         self.picked: list[Tensor] = []
-        self.table = Table(self._draw(), self.device)
+        self.table = Table({}, self.device)
+
+    def restart(self, seed: int) -> None:
+        """Draw the first rows of this seed, in the memory of those that are there."""
+        self.source.manual_seed(seed)
+        self.taken = self.first = 0
+        self.table.refill(self._draw())
 
     def next(self) -> tuple[bool, Tensor | None]:
         """Whether the local term joins the next iteration, and the real images picked for it [n], on the host."""

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,43 @@ from clone_fast.checkpoints import load_network, require_discriminator
 from clone_fast.edit import pca_directions
 from clone_fast.errors import SettingsError
 from clone_fast.inversion import Inversion
-from clone_fast.latent import Latent, LatentSettings, optimise
+from clone_fast.latent import Latent, LatentSettings, Search, optimise
 from clone_fast.losses import Similarity
 from clone_fast.nn import Generator, Network
 from clone_fast.photo import load_photo
 from clone_fast.photo import real_images as load_real_images
 from clone_fast.progress import Progress
-from clone_fast.tweak import TweakSettings, tweak, usable
+from clone_fast.stepwise import Steps, drain, stepwise
+from clone_fast.tweak import Tweak, TweakSettings, tweak, usable
 
 DRIFT_SAMPLES = 64
 
 StrPath = str | os.PathLike[str]
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A network on its device, for one photo after another.
+
+    Attributes:
+        network: read and moved.
+        name: what results call it.
+        directions: named directions of W: the file's, or those of `pca_directions`.
+        searches, tweaks: where the work of an ended photo waits for the next one with the same options; without these
+            lists every photo begins with work, and graphs, of its own.
+    """
+
+    network: Network
+    name: str
+    directions: dict[str, Tensor]
+    searches: list[Search] | None = None
+    tweaks: list[Tweak] | None = None
+
+
+@stepwise
 def invert(
     photo: Any,
-    network: StrPath | Network | Generator | None = None,
+    network: StrPath | Network | Generator | Opened | None = None,
     *,
     discriminator: StrPath | None = None,
     space: str | None = None,
@@ -53,7 +74,7 @@ def invert(
     latent_settings: LatentSettings | None = None,
     tweak_settings: TweakSettings | None = None,
     progress: Progress | None = None,
-) -> Inversion:
+) -> Steps[Inversion]:
     """Find a latent for a photo, then tweak the generator locally until it draws that photo.
 
     Feng et al. 2022, "Near Perfect GAN Inversion" (arXiv 2202.11833). The network that is given stays as it is; the
@@ -63,7 +84,7 @@ def invert(
         photo: a path, a PIL image, an array [H, W, 3] (uint8, or float in [0, 1]) or a tensor [3, H, W] (uint8, or
             float in [-1, 1]); brought to the network's resolution, see `clone_fast.photo.load_photo`.
         network: a file (ours, NVIDIA's .pkl, rosinality's .pt), a loaded `Network` or a `Generator`; None for the demo
-            network that comes with the package.
+            network that comes with the package. What `open_network` gives serves many photos.
         discriminator: a file to take the discriminator from, where the network's has none.
         space: "w+" or "w", where the latent is searched.
         latent: start the search there, or with latent_steps=0 use it as it is.
@@ -89,22 +110,23 @@ def invert(
         DivergenceError: the loss was not finite from the first step on.
     """
     seconds: dict[str, float] = {}
-    search = _override(latent_settings or LatentSettings(), space=space, steps=latent_steps)
-    settings = _override(tweak_settings or TweakSettings(), steps=steps, mode=mode, target_psnr=target_psnr)
+    search = override(latent_settings or LatentSettings(), space=space, steps=latent_steps)
+    settings = override(tweak_settings or TweakSettings(), steps=steps, mode=mode, target_psnr=target_psnr)
     where = choose_device(device)
-    with _clock(seconds, "load"):
-        net, source = _open(network, discriminator, where)
-        generator, judge = net.generator, net.discriminator
-        others, labels = _real_images(real_images, generator), _one_hot(label, generator, where)
+    with _clock(seconds, "load", where):
+        opened = open_network(network, discriminator, where)
+        generator, judge = opened.network.generator, opened.network.discriminator
+        others, labels = read_real_images(real_images, generator), _one_hot(label, generator, where)
         if settings.adversarial:  # what is missing is told before the search of the latent, not after it
-            judge = usable(require_discriminator(net, source), generator, settings, labels, others)
+            judge = usable(require_discriminator(opened.network, opened.name), generator, settings, labels, others)
         target = load_photo(photo, generator.img_resolution, resize=resize, crop=crop).to(where)
-        directions = net.directions or pca_directions(generator)
         start = _start(latent, generator, where)
-    with _clock(seconds, "latent"):
-        found = optimise(generator, target, search, start=start, seed=seed, progress=progress)
-    with _clock(seconds, "tweak"):
-        tweaked = tweak(
+    with _clock(seconds, "latent", where):
+        found = yield from optimise.steps(
+            generator, target, search, start=start, seed=seed, progress=progress, spare=opened.searches
+        )
+    with _clock(seconds, "tweak", where):
+        tweaked = yield from tweak.steps(
             generator,
             judge,
             found.latent,
@@ -116,6 +138,7 @@ def invert(
             seed=seed,
             progress=progress,
             interrupted=found.interrupted,
+            spare=opened.tweaks,
         )
     inversion = Inversion(
         photo=target,
@@ -127,11 +150,11 @@ def invert(
         discriminator=tweaked.discriminator,
         original=generator,
         original_discriminator=judge,
-        directions=dict(directions),
+        directions=dict(opened.directions),
         history=[{"stage": float(i), **row} for i, rows in enumerate((found.rows, tweaked.rows)) for row in rows],
         seconds=seconds,
         settings={
-            "network": source,
+            "network": opened.name,
             "mode": settings.mode,
             "steps": tweaked.steps,
             "stopped": tweaked.stopped,
@@ -142,12 +165,14 @@ def invert(
             "tweak": asdict(settings),
         },
     )
-    with _clock(seconds, "metrics"):
-        inversion.metrics = measure(inversion)
+    with _clock(seconds, "metrics", where):
+        measuring = measure.steps(inversion)  # without a pause after Ctrl-C, which others are to hear of at once
+        inversion.metrics = drain(measuring) if inversion.settings["interrupted"] else (yield from measuring)
     return inversion
 
 
-def measure(inversion: Inversion, *, drift_samples: int = DRIFT_SAMPLES) -> dict[str, float | None]:
+@stepwise
+def measure(inversion: Inversion, *, drift_samples: int = DRIFT_SAMPLES) -> Steps[dict[str, float | None]]:
     """Fidelity, cohesion and editability of an inversion whose original generator is at hand.
 
     Returns:
@@ -167,9 +192,9 @@ def measure(inversion: Inversion, *, drift_samples: int = DRIFT_SAMPLES) -> dict
     features = None
     if inversion.original_discriminator is not None:
         features = partial(inversion.original_discriminator.features, per_image=True)
-    result |= metrics.drift(before, after, n=drift_samples, features=features)
+    result |= yield from metrics.drift.steps(before, after, n=drift_samples, features=features)
     chosen = dict(list(inversion.directions.items())[:8])
-    result["editability"] = metrics.editability(
+    result["editability"] = yield from metrics.editability.steps(
         before, after, found.ws, chosen, noise=inversion.latent.noise, noise_before=found.noise
     )
     return result
@@ -193,23 +218,25 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 
 
 @contextmanager
-def _clock(seconds: dict[str, float], stage: str) -> Iterator[None]:
+def _clock(seconds: dict[str, float], stage: str, device: torch.device) -> Iterator[None]:
     began = time.perf_counter()
     yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # not the device, where other photos may be under way
     seconds[stage] = time.perf_counter() - began
 
 
-def _override(settings: Any, **values: Any) -> Any:
+def override(settings: Any, **values: Any) -> Any:
     """The settings with the values that are not None in place of theirs."""
     return replace(settings, **{name: value for name, value in values.items() if value is not None})
 
 
-def _open(
-    network: StrPath | Network | Generator | None, discriminator: StrPath | None, device: torch.device
-) -> tuple[Network, str]:
-    """The network on the device, frozen, and its name."""
+def open_network(
+    network: StrPath | Network | Generator | Opened | None, discriminator: StrPath | None, device: torch.device
+) -> Opened:
+    """The network on the device, frozen if it comes from a file; one that is open stays so."""
+    if isinstance(network, Opened):
+        return network
     if isinstance(network, Generator):
         network = Network(network)
     if network is None:
@@ -223,10 +250,12 @@ def _open(
     net = network if isinstance(network, Network) else load_network(path or name, discriminator=discriminator)
     if isinstance(network, Network) and discriminator is not None:
         raise SettingsError("discriminator: give it inside the Network, or give files for both")
-    return net.to(device), name
+    net = net.to(device)
+    return Opened(net, name, net.directions or pca_directions(net.generator))
 
 
-def _real_images(given: StrPath | Tensor | None, generator: Generator) -> Tensor | None:
+def read_real_images(given: StrPath | Tensor | None, generator: Generator) -> Tensor | None:
+    """x of the global term, [N, C, R, R]: the photos of a folder, or a tensor that is checked; None for none."""
     if given is None:
         return None
     if isinstance(given, Tensor):

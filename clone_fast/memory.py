@@ -1,4 +1,4 @@
-"""What to do when the device's memory is full: which settings would fit, by an estimate."""
+"""What fits into the device's memory, by an estimate: so many photos at once, or settings when it is full."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import gc
 from dataclasses import replace
 
 import torch
+from torch import nn
 
-from clone_fast.nn import PRECISIONS, Architecture
+from clone_fast.nn import PRECISIONS, Architecture, Network
 from clone_fast.settings import TweakSettings
 
 # Tensors of a network's width at every resolution that an image leaves behind until its backward is done. Counted in
@@ -31,6 +32,27 @@ def iteration_bytes(arch: Architecture, settings: TweakSettings) -> int:
     forwards = 2 + 2 * (settings.r1_gamma > 0)  # of real images and of fakes; R1 counts twice, with its own gradient
     judged = forwards * settings.batch if settings.adversarial else 0
     return one * (IN_GENERATOR * drawn + IN_DISCRIMINATOR * judged)
+
+
+def photo_bytes(network: Network, settings: TweakSettings) -> int:
+    """About what a photo needs from its start to its end.
+
+    Networks of its own, each with a gradient and Adam's two moments; the last good check, which of the generator is
+    kept twice; and an iteration of the tweak and one of the search, whose memory their graphs hold.
+    """
+
+    def weights(module: nn.Module) -> int:
+        return sum(p.numel() * p.element_size() for p in module.parameters())
+
+    judged = 5 * weights(network.discriminator) if network.discriminator is not None and settings.adversarial else 0
+    search = iteration_bytes(network.arch, replace(settings, mode="recon"))
+    return 6 * weights(network.generator) + judged + search + iteration_bytes(network.arch, settings)
+
+
+def photos_that_fit(network: Network, settings: TweakSettings, device: torch.device) -> int:
+    """How many photos should fit into the free memory at once, at least 1; 1 where nobody can say."""
+    free = free_bytes(device)
+    return 1 if free is None else max(1, int(SAFE * free) // photo_bytes(network, settings))
 
 
 def free_bytes(device: torch.device) -> int | None:

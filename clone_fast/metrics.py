@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from clone_fast.stepwise import Pause, Steps, stepwise
+
 if TYPE_CHECKING:
     from clone_fast.nn.generator import Generator
 
@@ -69,6 +71,7 @@ def ms_ssim(image: Tensor, target: Tensor) -> float | None:
         return float(multiscale_structural_similarity_index_measure(image, target, data_range=2.0))
 
 
+@stepwise
 @torch.no_grad()
 def drift(
     before: Generator,
@@ -78,7 +81,7 @@ def drift(
     batch: int = 8,
     device: torch.device | str | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
-) -> dict[str, float]:
+) -> Steps[dict[str, float]]:
     """How far the manifold moved: the same random latents, drawn by the generators before and after the
     tweak.
 
@@ -109,10 +112,12 @@ def drift(
         z = latents[start : start + batch].to(where)
         c = None if labels is None else labels[start : start + batch].to(where)
         pair = [g(z, c, noise_mode="const").float().clamp(-1, 1) for g in (before, after)]
-        sums += torch.stack([_psnr(*pair).double().sum(), _ssim(*pair).double().sum()]).cpu()
-        if features is not None:
-            for rows, images in zip(seen, pair, strict=True):
-                rows.append(features(images).double().cpu())
+        values = torch.stack([_psnr(*pair).double().sum(), _ssim(*pair).double().sum()])
+        known = [] if features is None else [features(images).double() for images in pair]
+        yield Pause.MEASURE  # before the reads, which wait for what was launched
+        sums += values.cpu()
+        for i, row in enumerate(known):
+            seen[i].append(row.cpu())
     result = {"drift_psnr": float(sums[0]) / n, "drift_ssim": float(sums[1]) / n}
     if features is not None:
         result["drift_frechet"] = frechet_distance(torch.cat(seen[0]), torch.cat(seen[1]))
@@ -146,6 +151,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return max(0.0, float(distance))
 
 
+@stepwise
 @torch.no_grad()
 def editability(
     before: Generator,
@@ -156,7 +162,7 @@ def editability(
     noise: Mapping[str, Tensor] | None = None,
     noise_before: Mapping[str, Tensor] | None = None,
     batch: int = 8,
-) -> float:
+) -> Steps[float]:
     """Whether the clone can be edited as the latent-only inversion can: the mean correlation of the changes.
 
     For each direction d and strength s, with G' = `after` and G = `before`,
@@ -190,7 +196,8 @@ def editability(
     start = draw(ws)
     values = []
     for part in moved.split(batch):
-        changes = (images - image for images, image in zip(draw(part), start, strict=True))
+        changes = [images - image for images, image in zip(draw(part), start, strict=True)]
+        yield Pause.MEASURE
         for pair in zip(*changes, strict=True):
             seen = min(float(change.square().mean().sqrt()) for change in pair) > _ROUNDING
             values.append(correlation(*pair) if seen else 0.0)

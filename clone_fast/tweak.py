@@ -15,21 +15,22 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from clone_fast.adversary import Adversary
-from clone_fast.capture import Board, Captured, adam, update
+from clone_fast.adversary import Adversary, usable
+from clone_fast.capture import Board, Captured, adam, forget, update
 from clone_fast.draws import Draws, Wanted
-from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
+from clone_fast.errors import DivergenceError, MemoryLimitError
 from clone_fast.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity, generator_adversarial, paired_cohesion
 from clone_fast.memory import full
 from clone_fast.nn import Discriminator, Generator, Precision
 from clone_fast.progress import Keeper, Progress, Record, quick_psnr, ramp
 from clone_fast.settings import TweakSettings
+from clone_fast.stepwise import Pause, Steps, stepwise
 
 __all__ = ["Tweak", "TweakSettings", "Tweaked", "tweak", "usable"]
 
@@ -54,29 +55,12 @@ class Tweaked:
     stopped: str
 
 
-def usable(
-    discriminator: Discriminator | None,
-    generator: Generator,
-    settings: TweakSettings,
-    label: Tensor | None,
-    real_images: Tensor | None,
-) -> Discriminator:
-    """The discriminator, if the adversarial terms can be had with all of these; raises SettingsError if not."""
-    if discriminator is None:
-        raise SettingsError("mode clone needs a discriminator; give one, or use mode recon")
-    if generator.c_dim and (label is None or real_images is not None):
-        raise SettingsError("a conditional network needs the photo's label, and takes no folder of real images")
-    group = discriminator.arch.mbstd_group_size or 1
-    if settings.batch > group and settings.batch % group:
-        raise SettingsError(f"batch must be <= {group}, the discriminator's group, or a multiple, got {settings.batch}")
-    return discriminator
-
-
 class Tweak:
     """The networks, optimisers, draws and fixed inputs of one tweak; `step` is one iteration.
 
     On a GPU an iteration becomes a CUDA graph, one for each of its variants: with and without the local term, with and
-    without R1. What it needs is on the device before it starts, and what it reports stays there.
+    without R1. What it needs is on the device before it starts, and what it reports stays there. After its end another
+    photo can take its place with `restart`, and goes on with the same graphs.
 
     real_images: [N, C, R, R], x ~ p_x of the global term. Most users have no training set: without it, what the
         original generator draws for the very z of an iteration serves as its real images.
@@ -96,16 +80,17 @@ class Tweak:
         seed: int = 0,
     ) -> None:
         s = settings
-        self.settings, self.latent, self.photo, self.label = s, latent, photo, label
-        self.reconstruction = Reconstruction(photo, similarity=similarity)
+        self.settings, self.label, self.photo = s, label, torch.empty_like(photo)
+        self.latent = Latent(torch.empty_like(latent.ws), {k: torch.empty_like(v) for k, v in latent.noise.items()})
+        self.reconstruction = Reconstruction(self.photo, similarity=similarity)
         self.original, self.precision = generator, Precision.named(s.precision)
         self.generator = copy.deepcopy(generator).train().requires_grad_(False)
         self.generator.synthesis.requires_grad_(True)
         self.generator.mapping.requires_grad_(s.tune_mapping)
-        self.maps = dict(latent.noise)
+        self.maps = dict(self.latent.noise)
         if s.noise_lr > 0:
             for name, const in generator.synthesis.noise_consts().items():
-                self.maps[name] = self.maps.get(name, const).detach().clone().requires_grad_(True)
+                self.maps[name] = torch.empty_like(const).requires_grad_(True)
         tuned: list[Tensor] = [p for p in self.generator.parameters() if p.requires_grad]
         groups: list[tuple[list[Tensor], float]] = [
             (tuned, s.generator_lr),
@@ -123,9 +108,7 @@ class Tweak:
                 r1_interval=s.r1_interval,
                 dtype=self.precision.dtype,
             )
-        with torch.no_grad(), self.precision.active():
-            drawn = _synthesise(generator, [latent.ws], [], [], latent.noise, self.precision.dtype)
-            self.offset = photo - drawn  # what the original lacks: the same after any edit
+        self.offset = torch.empty_like(photo)  # what the original lacks: the same after any edit
         self.pool = real_images if self.adversary is not None else None
         self.real = photo.new_empty([0 if self.pool is None else s.batch, *photo.shape[1:]])
         wanted = Wanted(
@@ -137,15 +120,34 @@ class Tweak:
             inputs=s.tune_mapping,
         )
         self.draws = Draws(
-            generator, wanted, rate=lambda i: ramp(i, s.steps, up=0.05, down=0.3), total=s.steps, seed=seed
+            generator, wanted, rate=lambda i: ramp(i, s.steps, up=0.05, down=0.3), total=s.steps
         )
         self.board = Board(("loss", "psnr", "recon", "local", "global", "paired", "edit", "loss_d"), photo.device)
         self.names: dict[bool, tuple[str, ...]] = {}
-        self.iterate = Captured(self._iterate, photo.device)
+        self.iterate = Captured(self._iterate, photo.device, ("tweak", generator.arch, s))
+        self.restart(latent, photo, seed=seed)
 
-    def modules(self) -> list[nn.Module]:
-        """The networks that are moved."""
-        return [self.generator] if self.adversary is None else [self.generator, self.adversary.discriminator]
+    @torch.no_grad()
+    def restart(self, latent: Latent, photo: Tensor, *, seed: int) -> None:
+        """Begin anew with a photo, in the memory that is there, so that captured graphs serve it. Nothing is left of
+        the photo before; everything else is as it was given at first, and the shapes must be.
+        """
+        self.photo.copy_(photo)
+        self.latent.ws.copy_(latent.ws)
+        for name, value in self.latent.noise.items():
+            value.copy_(latent.noise[name])
+        consts = self.original.synthesis.noise_consts()
+        for name, value in self.maps.items():
+            value.copy_(latent.noise.get(name, consts[name]))
+        self.generator.load_state_dict(self.original.state_dict())
+        forget(self.optimizer)
+        if self.adversary is not None:
+            self.adversary.restart()
+        with self.precision.active():
+            drawn = _synthesise(self.original, [latent.ws], [], [], latent.noise, self.precision.dtype)
+            torch.sub(photo, drawn, out=self.offset)
+        self.draws.restart(seed)
+        self.board.clear()
 
     def moved(self) -> list[Tensor]:
         """What the generator's optimiser moves: weights, and noise maps."""
@@ -274,6 +276,7 @@ def _synthesise(
 COLLAPSE_DB = 8.0  # a PSNR that far below the best so far is not going to recover within the steps of a tweak
 
 
+@stepwise
 def tweak(
     generator: Generator,
     discriminator: Discriminator | None,
@@ -287,7 +290,8 @@ def tweak(
     seed: int = 0,
     progress: Progress | None = None,
     interrupted: bool = False,
-) -> Tweaked:
+    spare: list[Tweak] | None = None,
+) -> Steps[Tweaked]:
     """Tweak copies of the generator and the discriminator until the generator draws the photo for the latent.
 
     Args:
@@ -299,6 +303,8 @@ def tweak(
         similarity: a loss (image, photo) -> scalar in place of L_recon's pyramid and mean square error.
         progress: called at every check.
         interrupted: whether Ctrl-C came before; the copies are then returned as they are.
+        spare: the work of photos before, of the same networks and settings: one is taken for this photo and put there
+            again at its end. Without it the memory is given back.
 
     Returns:
         The tweaked networks. Ctrl-C, a loss that is not finite, a PSNR that collapses, or a memory that is full
@@ -310,17 +316,21 @@ def tweak(
         MemoryLimitError: the first iteration does not fit into the device's memory.
     """
     try:
-        work = Tweak(
-            generator,
-            discriminator,
-            latent,
-            photo,
-            settings,
-            real_images=real_images,
-            label=label,
-            similarity=similarity,
-            seed=seed,
-        )
+        if spare:
+            work = spare.pop()
+            work.restart(latent, photo, seed=seed)
+        else:
+            work = Tweak(
+                generator,
+                discriminator,
+                latent,
+                photo,
+                settings,
+                real_images=real_images,
+                label=label,
+                similarity=similarity,
+                seed=seed,
+            )
         keeper = Keeper(work.moved(), work.judged())
     except torch.OutOfMemoryError as error:
         raise MemoryLimitError(full("tweak", generator.arch, photo.device, settings)) from error
@@ -333,6 +343,7 @@ def tweak(
             if due:
                 keeper.look()
             values = work.step()
+            yield Pause.STEP  # before the read, which waits for what was launched
             if not due:
                 continue
             fresh = "psnr" in values  # an iteration without the local term says nothing new of the clone
@@ -355,16 +366,27 @@ def tweak(
         message = full("tweak", generator.arch, photo.device, settings)
         if not record.rows:
             raise MemoryLimitError(message)
-        warnings.warn(f"{message}; the weights of the last check are kept", RuntimeWarning, stacklevel=2)
+        yield Pause.FULL
+        warnings.warn(f"{message}; the weights of the last check are kept", RuntimeWarning, stacklevel=4)
     if not stopped and not all(torch.isfinite(value).all() for value in work.moved()):
         stopped = "diverged"  # in the very last update, which no check has seen
     if stopped == "diverged" and len(record.rows) == 1:
         raise DivergenceError("the tweak is not finite from the first step on; nothing was changed")
     if stopped:
         keeper.restore()
-    work.release()
-    for module in work.modules():
-        module.eval().requires_grad_(False)
-    judge = copy.deepcopy(discriminator) if work.adversary is None else work.adversary.discriminator
-    moved = Latent(latent.ws, {name: noise.detach() for name, noise in work.maps.items()})
-    return Tweaked(work.generator, judge, moved, record.rows, step, stopped or "steps")
+    if spare is not None and stopped != "memory":
+        spare.append(work)
+    else:
+        work.release()
+    judge = discriminator if work.adversary is None else work.adversary.discriminator
+    moved = Latent(latent.ws, {name: noise.detach().clone() for name, noise in work.maps.items()})
+    return Tweaked(_finished(work.generator), _finished(judge), moved, record.rows, step, stopped or "steps")
+
+
+M = TypeVar("M", bound="nn.Module | None")
+
+
+def _finished(module: M) -> M:
+    """A copy to be given away."""
+    made = copy.deepcopy(module)
+    return made if made is None else made.eval().requires_grad_(False)

@@ -39,6 +39,7 @@ HOUSE = (
     Layer("errors", packages=""),
     Layer("_layout", packages=""),
     Layer("files", packages=""),
+    Layer("stepwise", packages=""),
     Layer("reference", packages="torch"),
     Layer("kernels", packages="torch triton"),
     Layer("_C", packages=""),  # csrc, compiled; absent where there is no nvcc
@@ -49,15 +50,20 @@ HOUSE = (
     Layer("compat", imports="ops", lazily=ANY),  # a target codebase is imported when it is to be accelerated
     Layer("checkpoints", imports="nn files", lazily="demo", packages="torch numpy safetensors"),
     Layer("photo", imports="files", packages="torch numpy PIL"),
-    Layer("metrics", imports="nn", lazily="lpips", packages="torch numpy PIL torchmetrics"),
+    Layer("metrics", imports="nn stepwise", lazily="lpips", packages="torch numpy PIL torchmetrics"),
     Layer("progress"),
     Layer("settings", imports="nn"),
     Layer("memory", imports="nn settings"),
     Layer("capture", imports="ops"),
     Layer("draws", imports="capture nn"),
-    Layer("latent", imports="losses nn metrics progress capture memory", lazily="lpips", packages="torch tqdm"),
-    Layer("adversary", imports="losses nn capture"),
-    Layer("tweak", imports="losses nn progress settings memory capture draws latent adversary"),
+    Layer(
+        "latent",
+        imports="losses nn metrics progress capture memory stepwise",
+        lazily="lpips",
+        packages="torch tqdm",
+    ),
+    Layer("adversary", imports="losses nn capture settings"),
+    Layer("tweak", imports="losses nn progress settings memory capture draws latent adversary stepwise"),
     Layer("edit", imports="nn checkpoints files", packages="torch numpy safetensors"),
     Layer("demo", imports="nn ops losses checkpoints photo metrics files", packages=ANY),
     Layer(
@@ -67,10 +73,11 @@ HOUSE = (
     ),
     Layer(
         "invert",
-        imports="inversion latent tweak losses progress photo metrics edit checkpoints nn files",
+        imports="inversion latent tweak losses progress photo metrics edit checkpoints nn files stepwise",
         lazily="demo",
         packages="torch tqdm safetensors",
     ),
+    Layer("many", imports="invert inversion tweak memory nn stepwise"),
     Layer(
         "report",
         imports="inversion invert metrics edit photo files",

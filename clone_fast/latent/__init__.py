@@ -7,6 +7,6 @@ encoder.py beside it, and a hybrid is an encoder's latent given to the optimisat
 from __future__ import annotations
 
 from clone_fast.latent.latent import Latent
-from clone_fast.latent.optimise import LatentSettings, Outcome, optimise
+from clone_fast.latent.optimise import LatentSettings, Outcome, Search, optimise
 
-__all__ = ["Latent", "LatentSettings", "Outcome", "optimise"]
+__all__ = ["Latent", "LatentSettings", "Outcome", "Search", "optimise"]

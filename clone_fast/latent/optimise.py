@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clone_fast.capture import ROWS, Board, Captured, Table, adam, rehearsing, update
+from clone_fast.capture import ROWS, Board, Captured, Table, adam, forget, rehearsing, update
 from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity
 from clone_fast.memory import full
-from clone_fast.nn import PRECISIONS, Generator, Precision
+from clone_fast.nn import PRECISIONS, Generator, Precision, frozen
 from clone_fast.progress import Keeper, Progress, Record, quick_psnr, ramp
+from clone_fast.stepwise import Pause, Steps, stepwise
 
 
 @dataclass(frozen=True)
@@ -132,34 +133,53 @@ def _nearest(generator: Generator, photo: Tensor, w: Tensor) -> Tensor:
 
 
 class Search:
-    """The latent, its optimiser and the draws of one search; `step` is one iteration, a CUDA graph where possible."""
+    """The latent, its optimiser and the draws of one search; `step` is one iteration, a CUDA graph where possible.
+
+    After its end another photo can take its place with `restart`, and goes on with the same graph.
+    """
 
     def __init__(
         self, generator: Generator, photo: Tensor, settings: LatentSettings, *, start: Latent | None, seed: int
     ) -> None:
-        self.generator, self.photo, self.settings = generator, photo, settings
+        self.generator, self.photo, self.settings = generator, torch.empty_like(photo), settings
         self.precision = Precision.named(settings.precision)
-        source = torch.Generator().manual_seed(seed)
         similarity = lpips_similarity(photo.device) if settings.similarity == "lpips" else None
-        self.loss_of = Reconstruction(photo, similarity=similarity)
-        w = _sample_w(generator, settings.start_samples, source)
-        spread = float((w - w.mean(dim=0)).square().sum(dim=1).mean().sqrt())
-        first = _nearest(generator, photo, w) if start is None else start.ws.to(photo.device)
-        base = Latent.expanded(first, generator)
-        if settings.space == "w" and settings.steps > 0:
-            base = base.mean(dim=1, keepdim=True)
-        self.ws = base.detach().clone().requires_grad_(True)
-        self.maps = dict(start.noise) if start is not None else {}
+        self.loss_of = Reconstruction(self.photo, similarity=similarity)
+        rows = 1 if settings.space == "w" and settings.steps > 0 else generator.num_ws
+        self.ws = photo.new_empty([1, rows, generator.w_dim]).requires_grad_(True)
+        self.maps = {name: torch.empty_like(noise) for name, noise in start.noise.items()} if start is not None else {}
         if settings.noise_maps:
             for name, const in generator.synthesis.noise_consts().items():
-                self.maps[name] = self.maps.get(name, const).detach().clone().requires_grad_(True)
+                self.maps[name] = torch.empty_like(const).requires_grad_(True)
         self.tuned = [self.ws, *(m for m in self.maps.values() if m.requires_grad)]
         self.optimizer = adam([(self.tuned, settings.learning_rate)], betas=(0.9, 0.99))
-        self.spread, self.source = spread / math.sqrt(generator.w_dim), source
+        self.source, self.spread = torch.Generator(), 0.0
         self.taken, self.size = 0, min(settings.steps, ROWS)
-        self.table = Table(self._draw(), photo.device)
+        self.table = Table({}, photo.device)
         self.board = Board(("loss", "psnr"), photo.device)
-        self.iterate = Captured(self._iterate, photo.device)
+        self.iterate = Captured(self._iterate, photo.device, ("latent", generator.arch, settings))
+        self.restart(photo, start=start, seed=seed)
+
+    @torch.no_grad()
+    def restart(self, photo: Tensor, *, start: Latent | None, seed: int) -> None:
+        """Begin anew with a photo, in the memory that is there, so that a captured graph serves it. Nothing is left of
+        the photo before; everything else is as it was given at first, and the shapes must be.
+        """
+        self.photo.copy_(photo)
+        self.source.manual_seed(seed)
+        w = _sample_w(self.generator, self.settings.start_samples, self.source)
+        spread = float((w - w.mean(dim=0)).square().sum(dim=1).mean().sqrt())
+        self.spread = spread / math.sqrt(self.generator.w_dim)
+        first = _nearest(self.generator, photo, w) if start is None else start.ws.to(photo.device)
+        base = Latent.expanded(first, self.generator)
+        self.ws.copy_(base if len(self.ws[0]) > 1 else base.mean(dim=1, keepdim=True))
+        consts = self.generator.synthesis.noise_consts()
+        for name, value in self.maps.items():
+            value.copy_(consts[name] if start is None else start.noise.get(name, consts[name]))
+        forget(self.optimizer)
+        self.taken = 0
+        self.table.refill(self._draw())
+        self.board.clear()
 
     def latent(self) -> Latent:
         """A copy of it as it is."""
@@ -209,6 +229,7 @@ class Search:
         self.table.advance()
 
 
+@stepwise
 def optimise(
     generator: Generator,
     photo: Tensor,
@@ -217,7 +238,8 @@ def optimise(
     start: Latent | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Outcome:
+    spare: list[Search] | None = None,
+) -> Steps[Outcome]:
     """Find the latent whose image is most similar to the photo; the generator stays as it is.
 
     Args:
@@ -225,6 +247,8 @@ def optimise(
         photo: [1, C, R, R] in [-1, 1].
         start: where to begin, say an encoder's latent; by default near w_avg.
         progress: called at every check.
+        spare: the work of photos before, of the same generator and settings: one is taken for this photo and put there
+            again at its end. Without it the memory is given back.
 
     Returns:
         The latent found. Ctrl-C, or a memory that is full (with a RuntimeWarning), end the search with the latent of
@@ -235,40 +259,46 @@ def optimise(
         MemoryLimitError: the first step does not fit into the device's memory.
         SettingsError: lpips was asked for and is not there.
     """
-    work = Search(generator, photo, settings, start=start, seed=seed)
+    if spare:
+        work = spare.pop()
+        work.restart(photo, start=start, seed=seed)
+    else:
+        work = Search(generator, photo, settings, start=start, seed=seed)
     record = Record("latent", settings.steps, settings.check_every, progress)
     keeper = Keeper(work.tuned, [])
     interrupted = diverged = memory = False
-    required = [p.requires_grad for p in generator.parameters()]
-    generator.requires_grad_(False)
-    try:
-        for step in range(1, settings.steps + 1):
-            due = record.due(step)
-            if due:
-                keeper.look()
-            work.step()
-            if not due:
-                continue
-            row = record.add(step, **work.board.slots)
-            if not math.isfinite(row["loss"]):
-                if len(record.rows) == 1:
-                    raise DivergenceError("the search of the latent is not finite from the first step on")
-                diverged = True
-                break
-            keeper.keep()
-    except KeyboardInterrupt:
-        interrupted = True
-    except torch.OutOfMemoryError:
-        memory = True
-    finally:
-        work.release()
-        for parameter, flag in zip(generator.parameters(), required, strict=True):
-            parameter.requires_grad_(flag)
+    with frozen(generator):
+        try:
+            for step in range(1, settings.steps + 1):
+                due = record.due(step)
+                if due:
+                    keeper.look()
+                work.step()
+                yield Pause.STEP  # before the read, which waits for what was launched
+                if not due:
+                    continue
+                row = record.add(step, **work.board.slots)
+                if not math.isfinite(row["loss"]):
+                    if len(record.rows) == 1:
+                        raise DivergenceError("the search of the latent is not finite from the first step on")
+                    diverged = True
+                    break
+                keeper.keep()
+        except KeyboardInterrupt:
+            interrupted = True
+        except torch.OutOfMemoryError:
+            memory = True
+        finally:
+            if spare is None or memory:
+                work.release()
     if memory:
         message = full("latent", generator.arch, photo.device)
         if not record.rows:
             raise MemoryLimitError(message)
-        warnings.warn(f"{message}; the latent of the last check is kept", RuntimeWarning, stacklevel=2)
+        yield Pause.FULL
+        warnings.warn(f"{message}; the latent of the last check is kept", RuntimeWarning, stacklevel=4)
     if interrupted or diverged or memory:
         keeper.restore()
+    if spare is not None and not memory:
+        spare.append(work)
     return Outcome(work.latent(), record.rows, interrupted)

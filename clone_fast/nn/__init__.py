@@ -5,7 +5,7 @@ from __future__ import annotations
 from clone_fast.nn.architecture import Architecture
 from clone_fast.nn.discriminator import Discriminator
 from clone_fast.nn.generator import Generator, MappingNetwork, SynthesisNetwork
-from clone_fast.nn.network import Network
+from clone_fast.nn.network import Network, frozen
 from clone_fast.nn.precision import PRECISIONS, Precision
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "Network",
     "Precision",
     "SynthesisNetwork",
+    "frozen",
 ]

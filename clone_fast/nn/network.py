@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clone_fast.nn.architecture import Architecture
 from clone_fast.nn.discriminator import Discriminator
@@ -42,3 +44,15 @@ class Network:
                 module.to(device)
         self.directions = {name: direction.to(device) for name, direction in self.directions.items()}
         return self
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter of it wants a gradient inside the `with` block; then as it was before."""
+    required = [p.requires_grad for p in module.parameters()]
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in zip(module.parameters(), required, strict=True):
+            parameter.requires_grad_(flag)
