@@ -71,6 +71,7 @@ HOUSE = (
         lazily="demo",
         packages="torch tqdm safetensors",
     ),
+    Layer("many", imports="invert inversion nn", packages="torch"),
     Layer(
         "report",
         imports="inversion invert metrics edit photo files",
