@@ -77,6 +77,7 @@ HOUSE = (
         imports="inversion invert metrics edit photo files",
         packages="torch numpy PIL matplotlib",
     ),
+    Layer("options", packages="torch click"),
     Layer("cli", imports=ANY, packages=ANY),
     Layer("__main__", imports="cli", packages=""),
 )
