@@ -1,4 +1,4 @@
-"""The command line: invert, edit, info, convert, demo.
+"""The command line: invert, invert-folder, edit, info, convert, demo.
 
 What a user can get wrong is one line on stderr and exit code 2, before anything is written; an unexpected
 exception keeps its traceback. Ctrl-C during an inversion keeps the best so far, writes everything and exits
@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
@@ -24,11 +24,14 @@ from torch import Tensor
 from clone_fast.checkpoints import load_network, save_network, save_rosinality
 from clone_fast.edit import SUFFIXES, load_directions, pca_directions, resolve_direction, standardise
 from clone_fast.errors import CloneFastError, OutputError
-from clone_fast.inversion import Inversion
+from clone_fast.inversion import NETWORKS, Inversion
 from clone_fast.invert import invert as run_inversion
 from clone_fast.ops.dispatch import backends
 from clone_fast.options import RUN, finite, options
 from clone_fast.photo import open_photo, save_png
+
+if TYPE_CHECKING:
+    from clone_fast.folder import Tally
 
 STAGES = {"latent": "latent search", "tweak": "tweak"}
 
@@ -87,6 +90,38 @@ def invert(photo: Path, out: Path, **options: Any) -> None:
     _check_folder(out)
     open_photo(photo)  # a photo that cannot be read shall not wait for the network to load
     _clone(photo, out, **options)
+
+
+@main.command("invert-folder")
+@click.argument("photos", type=click.Path(path_type=Path))
+@options("network", "discriminator", "out", "label", "real-images", "resize", *RUN)
+@click.option("--at-once", metavar="K", type=click.IntRange(min=1),
+              help="Photos that a process inverts at a time; default: as it sees fit.")
+@click.option("--networks", type=click.Choice(NETWORKS), default="both", show_default=True,
+              help="Tweaked networks to keep, at 1024x1024 250 MB a photo; generator: half as much, enough for edit; "
+                   "none: pictures, latent and numbers alone.")  # fmt: skip
+def invert_folder(photos: Path, out: Path, quiet: bool, **options: Any) -> None:
+    """Clone every photo of the folder PHOTOS and its subfolders.
+
+    On N GPUs: torchrun --nproc-per-node=N -m clone_fast invert-folder PHOTOS --out DIR. Each process takes a GPU of its
+    own, and the next photo when it is ready for one.
+
+    The result of PHOTOS/a.jpg is the folder DIR/a.jpg, with all that invert writes: named with the suffix, so that
+    a.jpg and a.png both have one. It appears there whole, or not at all. A photo that has a result is left out,
+    whatever options that was made with: a run that was killed is finished by the same command. A photo that fails is
+    told, and tried again by the next run; the exit code is then 1.
+    """
+    from clone_fast.folder import invert_folder as run
+
+    _check_folder(out)
+    tally = run(photos, out, quiet=quiet, **options)
+    if tally is None:
+        return  # the first process tells
+    if not quiet:
+        for line in _tally(tally, out):
+            click.echo(line)
+    if tally.failures or tally.ended:
+        raise click.exceptions.Exit(1)
 
 
 @main.command()
@@ -208,6 +243,14 @@ def _summary(inversion: Inversion, out: Path) -> list[str]:
     if values.get("editability") is not None:
         lines += [f"edits     correlate {values['editability']:.2f} with those of latent only"]
     return [*lines, f"written   {out}{os.sep}  report.png shows it at one look"]
+
+
+def _tally(tally: Tally, out: Path) -> list[str]:
+    lines = [f"done      {tally.done} in {tally.seconds:.1f} s, {tally.per_hour:.0f} an hour"]
+    lines += [f"skipped   {tally.skipped} done before"] if tally.skipped else []
+    lines += [f"failed    {name}: {reason}" for name, reason in tally.failures]
+    lines += [f"ended     process {rank}, before its work was done" for rank in tally.ended]
+    return [*lines, f"written   {out}{os.sep}"]
 
 
 class Progress:

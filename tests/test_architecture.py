@@ -77,6 +77,8 @@ HOUSE = (
         imports="inversion invert metrics edit photo files",
         packages="torch numpy PIL matplotlib",
     ),
+    Layer("processes"),
+    Layer("folder", imports="many inversion report photo files processes", packages="torch tqdm"),
     Layer("options", packages="torch click"),
     Layer("cli", imports=ANY, packages=ANY),
     Layer("__main__", imports="cli", packages=""),
