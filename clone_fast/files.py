@@ -121,25 +121,23 @@ class FolderLock:
         except OSError as error:
             raise OutputError(f"{folder}: cannot be written to ({error.strerror or error})") from error
         if rank:
-            self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, rank, 1)
+            self._take(rank, 1)
+        elif self._take(0, 0):  # length 0: to the end, wherever that may be
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 0, 1)
         else:
-            self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, 0, 0)  # length 0: to the end, wherever that may be
-            self._lock(fcntl.LOCK_UN, 1, 0)
+            warnings.warn(f"{folder}: its file system has no locks; no other run may be at work there", stacklevel=2)
 
-    def _lock(self, operation: int, start: int, length: int) -> None:
+    def _take(self, start: int, length: int) -> bool:
+        """False if this file system has no locks."""
         try:
-            fcntl.lockf(self._file, operation, length, start)
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                self.close()
-                raise OutputError(
-                    f"{self._folder}: another run is at work there; wait for its processes, or end them"
-                ) from error
-            warnings.warn(
-                f"{self._folder}: this file system has no locks ({error.strerror}); see to it that no other run is at "
-                "work there",
-                stacklevel=3,
-            )
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return False
+            self.close()
+            wanted = "wait for its processes, or end them"
+            raise OutputError(f"{self._folder}: another run is at work there; {wanted}") from error
+        return True
 
     def close(self) -> None:
         """Let go of it."""
