@@ -83,26 +83,25 @@ class Processes:
 
     def add(self, name: str, amount: int) -> int:
         """Add to a number that all processes see, 0 at first; returns the sum. If the store is gone, see `broken`."""
-        try:
-            return self.store.add(name, amount)
-        except RuntimeError as error:  # what torch.distributed raises are RuntimeErrors
-            self.broken = _first_line(error)
-            return amount
+        return self._ask(lambda: self.store.add(name, amount), amount)
 
     def append(self, name: str, text: str) -> None:
         """Append to a text that all processes see. If the store is gone, see `broken`."""
-        try:
-            self.store.append(name, text)  # type: ignore[attr-defined]  # in every torch we run on, but not in its stubs
-        except RuntimeError as error:
-            self.broken = _first_line(error)
+        # in every torch that we run on, but not in its stubs
+        self._ask(lambda: self.store.append(name, text), None)  # type: ignore[attr-defined]
 
     def text(self, name: str) -> str:
         """All that was appended under this name so far, or nothing."""
-        try:
-            return self.store.get(name).decode() if self.store.check([name]) else ""
-        except RuntimeError as error:
-            self.broken = _first_line(error)
-            return ""
+        return self._ask(lambda: self.store.get(name).decode() if self.store.check([name]) else "", "")
+
+    def _ask(self, question: Callable[[], _Value], otherwise: _Value) -> _Value:
+        """An answer of the store, which is asked no more once it is gone: each question would be a page of warnings."""
+        if self.broken is None:
+            try:
+                return question()
+            except RuntimeError as error:  # what torch.distributed raises are RuntimeErrors
+                self.broken = _first_line(error)
+        return otherwise
 
     def finish(self) -> list[int]:
         """To be called when the work is done; the first process waits for the others.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -57,7 +58,8 @@ class Run:
 
     def send(self, number: int) -> None:
         for pid in self.pids:
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it ended before
+                os.kill(pid, number)
 
     def stop_in_a_write(self, out: Path, after: int = 0) -> None:
         """All processes, while a result is being written and so many are there; to be killed or continued."""
@@ -75,8 +77,11 @@ class Run:
 
 
 def stopped(pid: int) -> bool:
-    """T in /proc: the signal has come through; Z: it ended before."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "TZ"
+    """T in /proc: the signal has come through; Z or nothing there: it ended before."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "TZ"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 @pytest.fixture(scope="module")
