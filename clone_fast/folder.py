@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from clone_fast.errors import BackendError, CheckpointError, CloneFastError, OutputError, SettingsError
-from clone_fast.files import FolderLock, remove_leftovers, write_folder_aside
+from clone_fast.files import remove_leftovers, write_folder_aside
 from clone_fast.inversion import Inversion
+from clone_fast.lock import FolderLock
 from clone_fast.many import invert_each
 from clone_fast.photo import photo_files
 from clone_fast.processes import Processes, processes
@@ -159,17 +160,17 @@ def _work(
         name = mine[index]
         if isinstance(outcome, OF_THE_RUN):
             raise outcome
-        error = outcome if isinstance(outcome, CloneFastError) else _keep(outcome, name, target, networks)
-        del outcome  # before the next photo needs the memory
-        if error is None:
+        reason = str(outcome) if isinstance(outcome, CloneFastError) else _keep(outcome, name, target, networks)
+        del outcome  # an error too keeps tensors alive, and the next photo needs the memory
+        if reason is None:
             group.add("done", 1)
         else:
-            reason = " ".join(str(error).split()).removeprefix(f"{source / name}: ")
+            reason = " ".join(reason.split()).removeprefix(f"{source / name}: ")
             group.append("failures", json.dumps([name, reason]) + "\n")
             group.add("failed", 1)  # after the text: who sees the number finds the line
 
 
-def _keep(inversion: Inversion, name: str, target: Path, networks: str) -> Exception | None:
+def _keep(inversion: Inversion, name: str, target: Path, networks: str) -> str | None:
     """Write a result into its place; returns why it cannot be written."""
     if inversion.settings.get("interrupted"):  # what was cut short must not stand there as done
         raise KeyboardInterrupt
@@ -177,7 +178,7 @@ def _keep(inversion: Inversion, name: str, target: Path, networks: str) -> Excep
         with write_folder_aside(result_folder(name, target), within=target) as folder:
             save_result(inversion, folder, networks=networks)
     except (CloneFastError, torch.OutOfMemoryError) as error:
-        return error
+        return str(error)
     return None
 
 

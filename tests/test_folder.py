@@ -239,7 +239,7 @@ def test_another_run_is_not_disturbed(
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     with monkeypatch.context() as patched:
-        patched.setattr("clone_fast.files.fcntl.lockf", taken)
+        patched.setattr("clone_fast.lock.fcntl.lockf", taken)
         assert_one_line(run(*folder_command(world, photos, tmp_path / "out")), "another run is at work there")
     assert unfinished.exists()
     assert run(*folder_command(world, photos, tmp_path / "out")).exit_code == 0
