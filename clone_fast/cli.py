@@ -1,4 +1,4 @@
-"""The command line: invert, edit, info, convert, demo.
+"""The command line: invert, invert-folder, edit, info, convert, demo.
 
 What a user can get wrong is one line on stderr and exit code 2, before anything is written; an unexpected
 exception keeps its traceback. Ctrl-C during an inversion keeps the best so far, writes everything and exits
@@ -7,17 +7,15 @@ with 130.
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
@@ -26,13 +24,16 @@ from torch import Tensor
 from clone_fast.checkpoints import load_network, save_network, save_rosinality
 from clone_fast.edit import SUFFIXES, load_directions, pca_directions, resolve_direction, standardise
 from clone_fast.errors import CloneFastError, OutputError
-from clone_fast.inversion import Inversion
+from clone_fast.inversion import NETWORKS, Inversion
 from clone_fast.invert import invert as run_inversion
 from clone_fast.ops.dispatch import backends
+from clone_fast.options import RUN, finite, options
 from clone_fast.photo import open_photo, save_png
 
+if TYPE_CHECKING:
+    from clone_fast.folder import Tally
+
 STAGES = {"latent": "latent search", "tweak": "tweak"}
-_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 class Failure(click.ClickException):
@@ -69,63 +70,6 @@ def _version(package: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# options
-
-
-def _device(_: click.Context, __: click.Parameter, name: str) -> str:
-    """auto, cpu, cuda or cuda:<i> -> a device that is there."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise click.BadParameter(f"must be auto, cpu, cuda or cuda:<index>, got {name!r}")
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise click.BadParameter(f"{name} was asked for, but torch {torch.__version__} sees no CUDA device")
-        index, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()
-        if index >= count:
-            raise click.BadParameter(f"{name} was asked for, but there are cuda:0 to cuda:{count - 1}")
-    return name
-
-
-def _crop(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    if not re.fullmatch(r"\d+,\d+,\d+", text):
-        raise click.BadParameter(f"must be LEFT,TOP,SIZE in pixels of the photo, such as 40,0,512, got {text!r}")
-    left, top, size = (int(number) for number in text.split(","))
-    return left, top, size
-
-
-def _finite(_: click.Context, __: click.Parameter, number: float | None) -> float | None:
-    if number is not None and not math.isfinite(number):
-        raise click.BadParameter(f"must be a finite number, got {number}")
-    return number
-
-
-def _run_options(command: _Command) -> _Command:
-    """The options that every command with an inversion has."""
-    for option in reversed(
-        (
-            click.option("--steps", type=click.IntRange(min=1), help="Steps of the tweak."),
-            click.option("--latent-steps", type=click.IntRange(min=1), help="Steps of the latent search."),
-            click.option("--mode", type=click.Choice(["clone", "recon"]), default="clone", show_default=True,
-                         help="clone: the method; recon: reconstruction loss alone."),
-            click.option("--space", type=click.Choice(["w", "w+"]), default="w+", show_default=True,
-                         help="Where the latent is searched."),
-            click.option("--target-psnr", type=click.FloatRange(min=0, min_open=True), callback=_finite,
-                         help="Stop the tweak at this PSNR in dB."),
-            click.option("--device", default="auto", show_default=True, callback=_device,
-                         help="auto, cpu, cuda or cuda:<index>."),
-            click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
-                         help="Of everything random."),
-            click.option("--quiet", is_flag=True, help="No progress and no summary; errors are still told."),
-        )
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
-# ------------------------------------------------------------------------------------------------------------
 # commands
 
 
@@ -137,15 +81,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("photo", type=click.Path(path_type=Path))
-@click.option("--network", type=click.Path(path_type=Path), help="Network file; default: the shipped demo.")
-@click.option("--discriminator", type=click.Path(path_type=Path), help="File of the discriminator, if another.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("out"), show_default=True, help="Folder.")
-@click.option("--label", type=click.IntRange(min=0), help="Class of the photo, for a conditional network.")
-@click.option("--real-images", type=click.Path(path_type=Path), help="Folder of photos for the global term.")
-@click.option("--resize", type=click.Choice(["crop", "pad"]), default="crop", show_default=True,
-              help="How a photo that is not square becomes one.")  # fmt: skip
-@click.option("--crop", metavar="L,T,S", callback=_crop, help="Left, top and size of a square of the photo.")
-@_run_options
+@options("network", "discriminator", "out", "label", "real-images", "resize", "crop", *RUN)
 def invert(photo: Path, out: Path, **options: Any) -> None:
     """Clone PHOTO.
 
@@ -156,10 +92,42 @@ def invert(photo: Path, out: Path, **options: Any) -> None:
     _clone(photo, out, **options)
 
 
+@main.command("invert-folder")
+@click.argument("photos", type=click.Path(path_type=Path))
+@options("network", "discriminator", "out", "label", "real-images", "resize", *RUN)
+@click.option("--at-once", metavar="K", type=click.IntRange(min=1),
+              help="Photos that a process inverts at a time; default: as it sees fit.")
+@click.option("--networks", type=click.Choice(NETWORKS), default="both", show_default=True,
+              help="Tweaked networks to keep, at 1024x1024 250 MB a photo; generator: half as much, enough for edit; "
+                   "none: pictures, latent and numbers alone.")  # fmt: skip
+def invert_folder(photos: Path, out: Path, quiet: bool, **options: Any) -> None:
+    """Clone every photo of the folder PHOTOS and its subfolders.
+
+    On N GPUs: torchrun --nproc-per-node=N -m clone_fast invert-folder PHOTOS --out DIR. Each process takes a GPU of its
+    own, and the next photo when it is ready for one.
+
+    The result of PHOTOS/a.jpg is the folder DIR/a.jpg, with all that invert writes: named with the suffix, so that
+    a.jpg and a.png both have one. It appears there whole, or not at all. A photo that has a result is left out,
+    whatever options that was made with: a run that was killed is finished by the same command. A photo that fails is
+    told, and tried again by the next run; the exit code is then 1.
+    """
+    from clone_fast.folder import invert_folder as run
+
+    _check_folder(out)
+    tally = run(photos, out, quiet=quiet, **options)
+    if tally is None:
+        return  # the first process tells
+    if not quiet:
+        for line in _tally(tally, out):
+            click.echo(line)
+    if tally.failures or tally.ended:
+        raise click.exceptions.Exit(1)
+
+
 @main.command()
 @click.option("--photo", "name", default="astronaut", show_default=True, help="A photo of scikit-image.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True, help="Folder.")
-@_run_options
+@options(*RUN)
 def demo(name: str, out: Path, **options: Any) -> None:
     """Clone a real photo of scikit-image.
 
@@ -174,7 +142,7 @@ def demo(name: str, out: Path, **options: Any) -> None:
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--direction", help="Name of a direction, or FILE or FILE:NAME with directions.")
-@click.option("--strength", type=float, callback=_finite, help="How far, in standard deviations of w.")
+@click.option("--strength", type=float, callback=finite, help="How far, in standard deviations of w.")
 @click.option("--out", type=click.Path(path_type=Path), help="PNG to write; default: in FOLDER.")
 @click.option("--list", "list_names", is_flag=True, help="List the directions by name.")
 def edit(folder: Path, direction: str | None, strength: float | None, out: Path | None, list_names: bool) -> None:
@@ -249,16 +217,14 @@ def info() -> None:
 
 
 def _clone(photo: Any, out: Path, quiet: bool, **options: Any) -> None:
-    from clone_fast.report import save_curve, save_report
+    from clone_fast.report import save_result
 
     progress = Progress(quiet)
     try:
         inversion = run_inversion(photo, progress=progress, **options)
     finally:
         progress.close()
-    inversion.save(out)
-    save_report(inversion, out / "report.png")
-    save_curve(inversion.history, out / "curve.png")
+    save_result(inversion, out)
     if not quiet:
         for line in _summary(inversion, out):
             click.echo(line)
@@ -277,6 +243,14 @@ def _summary(inversion: Inversion, out: Path) -> list[str]:
     if values.get("editability") is not None:
         lines += [f"edits     correlate {values['editability']:.2f} with those of latent only"]
     return [*lines, f"written   {out}{os.sep}  report.png shows it at one look"]
+
+
+def _tally(tally: Tally, out: Path) -> list[str]:
+    lines = [f"done      {tally.done} in {tally.seconds:.1f} s, {tally.per_hour:.0f} an hour"]
+    lines += [f"skipped   {tally.skipped} done before"] if tally.skipped else []
+    lines += [f"failed    {name}: {reason}" for name, reason in tally.failures]
+    lines += [f"ended     process {rank}, before its work was done" for rank in tally.ended]
+    return [*lines, f"written   {out}{os.sep}"]
 
 
 class Progress:

@@ -37,3 +37,7 @@ class OutputError(CloneFastError):
 
 class MemoryLimitError(CloneFastError):
     """The device's memory does not hold a stage's first iteration; the message names a setting that would fit."""
+
+
+class GroupError(CloneFastError):
+    """The processes of a run did not come together, or lost one that they cannot do without."""

@@ -1,9 +1,11 @@
-"""Writing files so that none is ever half there."""
+"""Writing files and folders so that none is ever half there."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from clone_fast.errors import OutputError
+
+_ASIDE = re.compile(r"\.[0-9a-f]{16}\.part")
+
+
+def _aside(folder: Path) -> Path:
+    """A hidden name that nobody else has; `remove_leftovers` knows it."""
+    return folder / f".{uuid.uuid4().hex[:16]}.part"
 
 
 @contextmanager
@@ -23,7 +32,7 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(path)
     if target.is_dir():
         raise OutputError(f"{target}: a directory; give a file name")
-    aside = target.with_name(f".{uuid.uuid4().hex[:16]}.part")
+    aside = _aside(target.parent)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("xb") as file:
@@ -36,3 +45,55 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):  # the parent may be no directory at all
             aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_folder_aside(path: str | os.PathLike[str], within: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new hidden folder in `within`, which becomes `path` in one step at the end; removed if the block raises.
+
+    Files in it are best written with `write_aside`, which brings their bytes to the disk; this does so for their names.
+
+    Args:
+        path: what is to be there; nothing but an empty folder is ever replaced.
+        within: a folder of the same file system, where `remove_leftovers` looks after a run that was killed.
+
+    Raises:
+        OutputError: a folder cannot be made or written, or there is something at `path`.
+    """
+    target, aside = Path(path), _aside(Path(within))
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        _sync(aside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(aside, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # gone, if all went well
+
+
+def _sync(folder: Path) -> None:
+    """Bring the names in a folder to the disk: a file's own fsync does not."""
+    entry = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(entry)
+    finally:
+        os.close(entry)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove what was written aside in this folder and never renamed. Nobody may be writing there.
+
+    Raises:
+        OutputError: one cannot be removed.
+    """
+    try:
+        for path in Path(folder).iterdir():
+            if _ASIDE.fullmatch(path.name) and path.is_dir():
+                shutil.rmtree(path)
+            elif _ASIDE.fullmatch(path.name):
+                path.unlink()
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be cleared of unfinished results ({error})") from error

@@ -16,13 +16,16 @@ from torch import Tensor
 
 from clone_fast.checkpoints import load_network, save_network
 from clone_fast.edit import apply, resolve_direction
-from clone_fast.errors import CheckpointError, OutputError, PhotoError
+from clone_fast.errors import CheckpointError, OutputError, PhotoError, SettingsError
 from clone_fast.files import write_aside
 from clone_fast.latent import Latent
 from clone_fast.nn import Discriminator, Generator, Network
 from clone_fast.photo import load_photo, save_png, to_uint8
 
 StrPath = str | os.PathLike[str]
+
+NETWORKS = ("both", "generator", "none")
+"""What `Inversion.save` can keep of the tweaked networks."""
 
 
 @dataclass
@@ -75,21 +78,31 @@ class Inversion:
         moved = Latent(apply(self.latent.ws, move, strength), self.latent.noise)
         return moved.picture(self.generator)
 
-    def save(self, folder: StrPath) -> None:
+    def save(self, folder: StrPath, *, networks: str = "both") -> None:
         """Write clone.png, latent_only.png, generator.safetensors (with the discriminator and the directions),
         latent.safetensors (with the photo) and metrics.json. Each is written aside and renamed, metrics.json last;
         there, null stands for a number that is not finite.
 
+        Args:
+            networks: what generator.safetensors, nearly all of the bytes, holds: "both" networks, the "generator",
+                with which the clone can be loaded and edited, or "none": it is not written, and no `load` is possible.
+
         Raises:
             OutputError, CheckpointError: the folder or a file in it cannot be written.
+            SettingsError: `networks` is unknown.
         """
+        if networks not in NETWORKS:
+            raise SettingsError(f"networks must be one of {', '.join(NETWORKS)}, got {networks!r}")
         out = Path(folder)
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out}: cannot be a folder, since it is a file")
         metadata = {"kind": "inversion", "network": str(self.settings.get("network", ""))}
-        save_network(
-            Network(self.generator, self.discriminator, metadata, self.directions), out / "generator.safetensors"
-        )
+        weights = out / "generator.safetensors"
+        if networks == "none":
+            weights.unlink(missing_ok=True)  # that of an earlier save would not fit the rest
+        else:
+            discriminator = self.discriminator if networks == "both" else None
+            save_network(Network(self.generator, discriminator, metadata, self.directions), weights)
         tensors = {"ws": self.latent.ws.cpu().contiguous(), "photo": torch.from_numpy(to_uint8(self.photo))}
         tensors |= {f"noise.{name}": value.cpu().contiguous() for name, value in self.latent.noise.items()}
         with write_aside(out / "latent.safetensors") as file:

@@ -126,25 +126,16 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
         raise PhotoError(f"{path}: the image is damaged or cut short ({_one_line(error)})") from error
 
 
-def real_images(folder: str | os.PathLike[str], resolution: int, *, limit: int = 1000) -> Tensor:
-    """Load the photos of a folder and its subfolders: the x ~ p_x of the global term.
-
-    Files with the suffix of an image format count, in the order of their paths; hidden ones do not. If there
-    are more than `limit`, or more than fit `MAX_FOLDER_BYTES` (2 GiB: 2730 images of 256x256, 170 of
-    1024x1024), an evenly spaced selection is taken and a warning says so. A file that cannot be used is left
-    out with one warning that counts and names them.
-
-    Returns:
-        [N, 3, R, R] float32 in [-1, 1], centre crops, on the CPU.
+def photo_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The photos of a folder and its subfolders: files with the suffix of an image format that Pillow knows, in the
+    order of their paths. Hidden ones, and those in hidden folders, do not count.
 
     Raises:
-        PhotoError: no such folder, no image in it, or none that can be used.
+        PhotoError: no such folder, or no image in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise PhotoError(f"{folder}: is not a folder of photos")
-    if limit < 1:
-        raise PhotoError(f"limit must be at least 1, got {limit}")
     suffixes = Image.registered_extensions()
     files = sorted(
         p
@@ -155,6 +146,25 @@ def real_images(folder: str | os.PathLike[str], resolution: int, *, limit: int =
     )
     if not files:
         raise PhotoError(f"{folder}: holds no image files")
+    return files
+
+
+def real_images(folder: str | os.PathLike[str], resolution: int, *, limit: int = 1000) -> Tensor:
+    """Load the photos of a folder and its subfolders: the x ~ p_x of the global term.
+
+    `photo_files` says which files count. If there are more than `limit`, or more than fit `MAX_FOLDER_BYTES`
+    (2 GiB: 2730 images of 256x256, 170 of 1024x1024), an evenly spaced selection is taken and a warning says so. A
+    file that cannot be used is left out with one warning that counts and names them.
+
+    Returns:
+        [N, 3, R, R] float32 in [-1, 1], centre crops, on the CPU.
+
+    Raises:
+        PhotoError: no such folder, no image in it, or none that can be used.
+    """
+    if limit < 1:
+        raise PhotoError(f"limit must be at least 1, got {limit}")
+    files = photo_files(folder)
     most = min(limit, max(1, MAX_FOLDER_BYTES // (12 * resolution * resolution)))
     if len(files) > most:
         warnings.warn(f"{folder}: {len(files)} images, an even selection of {most} is used", stacklevel=2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,18 @@ GAIN = 5
 INK, GREY, FAINT, ACCENT, SLATE = "#1c1d21", "#6b6e76", "#d9dadf", "#c2410c", "#475569"
 _DPI = 100
 _MARGIN, _GAP, _COLUMNS = 48, 20, 5
+
+
+def save_result(inversion: Inversion, folder: str | os.PathLike[str], *, networks: str = "both") -> None:
+    """Everything that there is to keep of an inversion, in a folder: what `Inversion.save` writes, report.png and
+    curve.png.
+
+    Raises:
+        OutputError, CheckpointError, SettingsError: see `Inversion.save`.
+    """
+    inversion.save(folder, networks=networks)
+    save_report(inversion, Path(folder) / "report.png")
+    save_curve(inversion.history, Path(folder) / "curve.png")
 
 
 def save_report(inversion: Inversion, path: str | os.PathLike[str], strength: float = 2.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +54,29 @@ def short(world: World, *arguments: object, network: Path | None = None, photo: 
     """An inversion of a few steps, its output folder still to be named."""
     start = ("invert", photo or world.photo, "--network", network or world.network)
     return [*start, "--steps", 2, "--latent-steps", 3, "--device", "cpu", *arguments]
+
+
+def folder_command(world: World, photos: Path, out: Path, *arguments: object) -> list[object]:
+    """An inversion of every photo in a few steps."""
+    start = ("invert-folder", photos, "--out", out, "--network", world.network)
+    return [*start, "--steps", 2, "--latent-steps", 3, "--device", "cpu", *arguments]
+
+
+def copies(world: World, folder: Path, count: int) -> list[str]:
+    """A new folder with so many photos; their names."""
+    folder.mkdir()
+    names = [f"{i}.png" for i in range(count)]
+    for name in names:
+        shutil.copy(world.photo, folder / name)
+    return names
+
+
+def results(out: Path) -> list[str]:
+    """The results in a folder, each of them whole."""
+    found = sorted(path for path in out.iterdir() if not path.name.startswith("."))
+    for path in found:
+        assert {file.name for file in path.iterdir()} == WRITTEN
+    return [path.name for path in found]
 
 
 def build(folder: Path) -> World:

@@ -83,6 +83,10 @@ HOUSE = (
         imports="inversion invert metrics edit photo files",
         packages="torch numpy PIL matplotlib",
     ),
+    Layer("processes"),
+    Layer("lock", packages=""),
+    Layer("folder", imports="many inversion report photo files processes lock", packages="torch tqdm"),
+    Layer("options", packages="torch click"),
     Layer("cli", imports=ANY, packages=ANY),
     Layer("__main__", imports="cli", packages=""),
 )

@@ -122,6 +122,19 @@ def test_a_second_save_takes_the_place_of_the_first(folder: Path) -> None:
     assert len(list(folder.iterdir())) == 5
 
 
+def test_less_can_be_kept_of_the_networks(done: Inversion, folder: Path) -> None:
+    done.save(folder, networks="generator")
+    loaded = Inversion.load(folder)
+    assert loaded.discriminator is None
+    assert torch.equal(loaded.image, done.image)
+    assert torch.equal(loaded.edit("pca1", 2.0), done.edit("pca1", 2.0))
+    done.save(folder, networks="none")
+    assert "generator.safetensors" not in {path.name for path in folder.iterdir()}
+    assert (folder / "latent.safetensors").exists()
+    with pytest.raises(SettingsError, match="both, generator, none"):
+        done.save(folder, networks="all")
+
+
 def test_the_numbers_are_json_that_any_program_reads(done: Inversion, folder: Path, tmp_path: Path) -> None:
     content = strict((folder / "metrics.json").read_text())
     assert set(done.metrics) | {"steps", "seconds", "settings", "history"} == set(content)
