@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clone_fast.ops.dispatch import launch_step
-from clone_fast.ops.streams import side_by_side
+from clone_fast.ops.streams import beside
 from clone_fast.ops.upfirdn2d import adjoint
 from clone_fast.reference.modulated_conv2d import downsampling_padding, upsampling_padding
 
@@ -49,10 +49,11 @@ def convolution_gradients(
     dx = dw = None
     if up == 1 and down == 1:
         k = weight.shape[-1]
-        dx, dw = side_by_side(
+        dw, dx = beside(
             x.device,
-            lambda: step("conv", g, weight.transpose(-3, -4), 1, k // 2, True) if want_dx else None,
+            "wgrad",
             lambda: step("wgrad", x, g, k, 1, k // 2, weight.ndim == 5, weight.dtype) if want_dw else None,
+            lambda: step("conv", g, weight.transpose(-3, -4), 1, k // 2, True) if want_dx else None,
         )
     elif want_dx or want_dw:
         f = torch.ones([1, 1], device=x.device) if resample_filter is None else resample_filter
@@ -72,11 +73,13 @@ def _up_gradients(
     k = weight.shape[-1]
     size = [2 * (n - 1) + k for n in x.shape[2:]]  # of the transposed convolution
     h = _fir(backend, g, f, *adjoint(size, g.shape[2:], f, ONE, ONE, upsampling_padding(f, k)), True, 4.0)
-    return side_by_side(
+    dw, dx = beside(
         x.device,
-        lambda: step("conv", h, weight.transpose(-3, -4), 2, 0, False) if want_dx else None,
+        "wgrad",
         lambda: step("wgrad", h, x, k, 2, 0, weight.ndim == 5, weight.dtype).transpose(-3, -4) if want_dw else None,
+        lambda: step("conv", h, weight.transpose(-3, -4), 2, 0, False) if want_dx else None,
     )
+    return dx, dw
 
 
 def _down_gradients(
@@ -95,8 +98,10 @@ def _down_gradients(
         dw: Tensor = step("wgrad", filtered, g, k, stride, 0, weight.ndim == 5, weight.dtype)
         return dw
 
-    return side_by_side(
+    dw, dx = beside(
         x.device,
-        lambda: input_gradient() if want_dx else None,
+        "wgrad",
         lambda: weight_gradient() if want_dw else None,
+        lambda: input_gradient() if want_dx else None,
     )
+    return dx, dw

@@ -17,26 +17,27 @@ Second = TypeVar("Second")
 
 
 @functools.cache
-def _beside(device: torch.device, stream: int) -> torch.cuda.Stream:
-    """The stream beside this one, the same every time."""
+def _beside(device: torch.device, stream: int, lane: str) -> torch.cuda.Stream:
+    """A stream beside this one, the same every time; one lane does not wait for another."""
     return torch.cuda.Stream(device)
 
 
-def side_by_side(
-    device: torch.device, first: Callable[[], First], second: Callable[[], Second]
+def beside(
+    device: torch.device, lane: str, run: Callable[[], First], meanwhile: Callable[[], Second]
 ) -> tuple[First, Second]:
-    """Both results. In a capture neither waits for the other, and what follows waits for both.
+    """What `run` and `meanwhile` return. In a capture neither waits for the other, and what follows waits for both.
 
     What they make may be used, and its memory used again, as if it came from the current stream: that waits here, and
-    whatever goes beside it later waits for it first.
+    whatever goes beside it later waits for it first. PyTorch runs the gradient of an operation on the stream that the
+    operation ran on, so that of `run`'s goes beside the others, too.
     """
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        return first(), second()
+    if torch.compiler.is_compiling() or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return run(), meanwhile()
     current = torch.cuda.current_stream(device)
-    beside = _beside(device, current.cuda_stream)
-    beside.wait_stream(current)
-    with torch.cuda.stream(beside):
-        one = first()
-    other = second()
-    current.wait_stream(beside)
-    return one, other
+    other = _beside(device, current.cuda_stream, lane)
+    other.wait_stream(current)
+    with torch.cuda.stream(other):
+        one = run()
+    two = meanwhile()
+    current.wait_stream(other)
+    return one, two
