@@ -7,7 +7,7 @@
 #include <cmath>
 
 #include "bias_act.h"
-#include "launch.cuh"
+#include "_ptx.cuh"
 
 namespace clone_fast {
 
@@ -94,17 +94,6 @@ template <bool kRectified>
 __device__ __forceinline__ bool is_clamped(const Formula& f, float z) {
     if (!kRectified && isnan(f.clamp)) return false;  // spares the smooth ones an activation
     return fabsf(f.gain * activation<kRectified>(f, z)) >= f.clamp;
-}
-
-// y within [-limit, limit]; NaN stays NaN.
-__device__ __forceinline__ float limited(float y, float limit) {
-#if __CUDA_ARCH__ >= 800
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(y), "f"(limit));
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(y), "f"(-limit));
-    return y;
-#else
-    return y > limit ? limit : y < -limit ? -limit : y;
-#endif
 }
 
 template <bool kRectified>

@@ -58,7 +58,7 @@ struct Feed {
 
     __device__ explicit Feed(const Tensors<T>& t) : t(t) {
         extern __shared__ Bytes16 ring[];  // [kAhead + 1, 2, kThreads]
-        slots = static_cast<std::uint32_t>(__cvta_generic_to_shared(ring)) + 16 * threadIdx.x;
+        slots = shared_address(ring) + 16 * threadIdx.x;
         asm volatile("" : "+r"(slots));  // is not worked out again in every step
     }
     static __device__ __forceinline__ void copy(std::uint32_t to, const T* from) {

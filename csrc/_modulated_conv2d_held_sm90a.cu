@@ -32,13 +32,6 @@ enum Barrier { kTurnBarrier = 1, kGroupBarrier = 3 };  // one of each for each g
 // there are fewer, at the ends of a walk and for weights, some arrive more than once.
 constexpr int kReaders = 12;
 
-__device__ __forceinline__ void barrier_wait(int barrier, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 using Weights = std::uint32_t[9][4][4];  // tap, 16 input channels, what a lane holds of a left operand
 
 #define CLONE_FAST_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -64,22 +57,6 @@ __device__ __forceinline__ void held_multiply_add(float (&d)[64], const std::uin
 #undef CLONE_FAST_4
 #undef CLONE_FAST_16
 #undef CLONE_FAST_WGMMA_128
-
-// The pair (low, high), each between -limit and limit; NaN stays. Clamping what is rounded is rounding what is clamped,
-// where the limit is rounded too.
-template <typename T>
-__device__ __forceinline__ std::uint32_t clamped_pair(float low, float high, std::uint32_t limit,
-                                                      std::uint32_t negative_limit) {
-    std::uint32_t pair = pack_pair<T>(low, high);
-    if constexpr (std::is_same_v<T, Half>) {
-        asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(limit));
-        asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(negative_limit));
-    } else {
-        asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(limit));
-        asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(negative_limit));
-    }
-    return pair;
-}
 
 // One number of the noise as it lies in memory, 0 where not `inside`: it is not waited for until it is used.
 __device__ __forceinline__ std::uint32_t load_word(const void* from, std::int64_t index, bool is_float, bool inside) {
@@ -254,7 +231,7 @@ __global__ void __launch_bounds__(kAllThreads, 1)
         for (int dy = 0; dy < 3; ++dy) ring.full(first + dy).wait(ring.phase(first + dy));
         barrier_wait(kTurnBarrier + group, 2 * kGroup);  // the other group's row is all in the tensor cores' queue
         float sums[64];
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        group_fence();
 #pragma unroll
         for (int dy = 0; dy < 3; ++dy) {
             const std::uint32_t from = ring.data(first + dy) / kUnit | 1 << 16;
@@ -266,7 +243,7 @@ __global__ void __launch_bounds__(kAllThreads, 1)
                                      dy + part > 0);
             }
         }
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        group_commit();
         if (i + 1 < count) barrier_arrive(kTurnBarrier + 1 - group, 2 * kGroup);
 
         float number = __uint_as_float(word);
@@ -278,7 +255,7 @@ __global__ void __launch_bounds__(kAllThreads, 1)
         noise[thread] = number * strength;
         if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // `out` is free again
         barrier_wait(kGroupBarrier + group, kGroup);
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        group_wait<0>();
         if (lane == 0) {
             ring.empty(first).arrive(starts ? 3 : 1);
             ring.empty(first + 1).arrive(1 + starts + ends);
@@ -297,14 +274,15 @@ __global__ void __launch_bounds__(kAllThreads, 1)
                 const float* sum = sums + 4 * (j + m / 2) + m % 2 * 2;
                 const float low = fmaf(sum[0], op.positive, pair.x + bias[m % 2]);
                 const float high = fmaf(sum[1], op.positive, pair.y + bias[m % 2]);
-                words[m] = clamped_pair<T>(fmaxf(low, low * slope), fmaxf(high, high * slope), limit, negative_limit);
+                words[m] = limited_pair<T>(pack_pair<T>(fmaxf(low, low * slope), fmaxf(high, high * slope)),
+                                           negative_limit, limit);
             }
             asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                              to + 8 * j * kPixel),
                          "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
                          : "memory");
         }
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        publish();
         barrier_wait(kGroupBarrier + group, kGroup);
         if (thread == 0) {
             asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(

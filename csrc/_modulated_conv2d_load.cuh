@@ -7,7 +7,7 @@
 // form a ring: the rows that a step adds overwrite those that no step needs again.
 #pragma once
 
-#include "launch.cuh"
+#include "_ptx.cuh"
 #include "modulated_conv2d.h"
 
 namespace clone_fast::conv3x3 {
@@ -51,10 +51,6 @@ struct Image {
         return data + (static_cast<std::int64_t>(y) * width + x) * channels + channel;
     }
 };
-
-__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
-    return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 // 16 bytes from device to shared memory; zeros where not `inside`, and then `from` is not read.
 __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from, bool inside) {

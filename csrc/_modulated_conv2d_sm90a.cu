@@ -6,13 +6,6 @@
 namespace clone_fast {
 namespace conv3x3 {
 
-__device__ __forceinline__ void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void group_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
 #define CLONE_FAST_SUMS(j) "+f"(sums[j][0]), "+f"(sums[j][1]), "+f"(sums[j][2]), "+f"(sums[j][3])
 #define CLONE_FAST_WGMMA_32(types)                                                                         \
     asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." types                                       \
@@ -48,7 +41,7 @@ struct GroupEngine {
     using L = Layout<kIn, kOut>;
 
     // The weights were written by ordinary stores and cp.async; wgmma reads them through the asynchronous proxy.
-    static __device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+    static __device__ __forceinline__ void publish() { clone_fast::publish(); }
 
     // While the tensor cores work with one matrix of the input, the next is there and the one after it on its way.
     static __device__ __forceinline__ void multiply(Accumulators<kOut>& sums,

@@ -27,13 +27,6 @@ struct Layout {
     static constexpr int kBlocks = kIn == 32 && kOut == 32 ? 2 : 1;  // on a multiprocessor
 };
 
-// Unlike fminf and fmaxf these keep NaN, as torch.clamp does.
-__device__ __forceinline__ float clamped(float value, float limit) {
-    asm("min.NaN.f32 %0, %0, %1;" : "+f"(value) : "f"(limit));
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(value) : "f"(-limit));
-    return value;
-}
-
 template <typename T>
 __device__ __forceinline__ float load_number(const void* from, std::int64_t index, bool is_float) {
     return is_float ? static_cast<const float*>(from)[index] : to_float(static_cast<const T*>(from)[index]);
@@ -183,7 +176,7 @@ __device__ __forceinline__ void finish(const Conv3x3& op, const Accumulators<kOu
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     const float sum = sums[row][group * 4 + i / 2][2 * half + i % 2];
-                    values[i] = clamped(fmaxf(sum * op.positive, sum * op.negative), op.clamp);
+                    values[i] = limited(fmaxf(sum * op.positive, sum * op.negative), op.clamp);
                 }
                 const Bytes16 unit = pack<T>(values);
                 if (inside && group * 32 + lane % 4 * 8 < op.out_channels) {

@@ -127,19 +127,19 @@ __global__ void __launch_bounds__(kAllThreads, 1)
         const std::uint32_t shifted = stage + dx * P::kPixel / 16;
 #pragma unroll
         for (int row = 0; row < P::kTileRows; row += P::kAcross) {
-            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+            group_fence();
 #pragma unroll
             for (int k = 0; k < P::kTileCols / 16; ++k) {
                 product_add<T, P::kN>(sums, stage + (P::left(row, k) / 16 | P::kLeftLow),
                                       shifted + (P::right(row, k, 0) / 16 | P::kRightLow), P::kHigh);
             }
-            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            group_commit();
             if (row > 0 || i == 0) continue;
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // the stage before this one has been read
+            group_wait<1>();  // the stage before this one has been read
             if (lane == 0) empty(i - 1).arrive(1);
         }
     }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    group_wait<0>();
 
     using Order = HeldOrder<kChannels>;
     float4* to = reinterpret_cast<float4*>(op.partial) + static_cast<std::int64_t>(blockIdx.x) * Order::kVectors;
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kAllThreads, 1)
                 make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
         }
     } else {  // rows of the second image row meet every row tap one later: they are added to those of the first
-        asm volatile("bar.sync 1, %0;" ::"n"(kProductThreads) : "memory");  // all have multiplied
+        barrier_wait(1, kProductThreads);  // all have multiplied
         constexpr int kOf = kChannels / 8;  // of four numbers, in an image row
         float4* shared = reinterpret_cast<float4*>(product_memory) + dx * 3 * kOf * 64 + thread % 64;
         if (thread >= 64) {
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kAllThreads, 1)
                 shared[i * 64] = make_float4(sum[0], sum[1], sum[2], sum[3]);
             }
         }
-        asm volatile("bar.sync 1, %0;" ::"n"(kProductThreads) : "memory");
+        barrier_wait(1, kProductThreads);
         if (thread >= 64) return;
 #pragma unroll
         for (int i = 0; i < 3 * kOf; ++i) {

@@ -176,7 +176,7 @@ __device__ __forceinline__ void multiply(const ResampledConv& op, const Plan& pl
                         v[e] = fmaf(sums[0][at] + sums[1][at], op.gain, bias[i][2 * j + e] + added);
                         v[e] = fmaxf(v[e], v[e] * op.slope);
                     }
-                    words[j] = clamp_pair<T>(pack_pair<T>(v[0], v[1]), low, high);
+                    words[j] = limited_pair<T>(pack_pair<T>(v[0], v[1]), low, high);
                 }
                 if (inside[h] && channel + 32 * i < op.out_channels) {
                     store16(out + 8 * h * op.out_channels + 32 * i, make_uint4(words[0], words[1], words[2], words[3]));

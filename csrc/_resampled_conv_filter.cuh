@@ -81,7 +81,7 @@ __device__ __forceinline__ void filter(const ResampledConv& op, const Plan& plan
                             v[e] = fmaf(sums[i][2 * h + e], op.gain, bias[2 * i + e] + added);
                             v[e] = fmaxf(v[e], v[e] * op.slope);
                         }
-                        words[i] = clamp_pair<T>(pack_pair<T>(v[0], v[1]), low, high);
+                        words[i] = limited_pair<T>(pack_pair<T>(v[0], v[1]), low, high);
                     }
                     if (n < turns && y + 2 * h < height) {
                         store16(out + (2 * h * width + 16 * n) * op.out_channels,

@@ -1,13 +1,9 @@
-// The instructions of compute capability 9.0 that the resampled convolution is made of, one function each.
+// The instructions of compute capability 9.0 that the resampled convolution is made of beside those of _ptx.cuh, one function each.
 #pragma once
 
-#include "launch.cuh"
+#include "_ptx.cuh"
 
 namespace clone_fast::resampled {
-
-__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
-    return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 // threadIdx.x, not shared with any other use of it.
 __device__ __forceinline__ int read_thread() {
@@ -39,17 +35,6 @@ __device__ __forceinline__ void store_shared16(std::uint32_t to, uint4 v) {
                  : "memory");
 }
 
-// What this thread wrote to shared memory becomes visible to wgmma (after the next barrier, of all threads' writes).
-__device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Barriers among some of a block's threads: each thread either waits at it or only reports that it has come.
-__device__ __forceinline__ void barrier_wait(int barrier, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // Four 8 x 8 matrices, lane l giving the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_matrices(std::uint32_t to, std::uint32_t a, std::uint32_t b, std::uint32_t c,
                                                std::uint32_t d) {
@@ -63,19 +48,6 @@ __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&to)[4],
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(from)
                  : "memory");
-}
-
-// Unlike max and min of floats these keep NaN, as torch.clamp does.
-template <typename T>
-__device__ __forceinline__ std::uint32_t clamp_pair(std::uint32_t word, std::uint32_t low, std::uint32_t high) {
-    if constexpr (std::is_same_v<T, Bfloat>) {
-        asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(high));
-        asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(low));
-    } else {
-        asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(high));
-        asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(low));
-    }
-    return word;
 }
 
 #define CLONE_FAST_MMA_16(types)                                                                                 \
@@ -103,13 +75,6 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const std::uint32_t 
 
 #undef CLONE_FAST_MMA_16
 #undef CLONE_FAST_MMA_8
-
-__device__ __forceinline__ void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void group_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
 
 // A matrix in shared memory without swizzle: 8 rows x 16 bytes lie together in 128 bytes, the next 8 rows follow, the
 // next 16 bytes of the same rows are `pitch` bytes away. Two halves of a descriptor; units of 16 bytes may be added

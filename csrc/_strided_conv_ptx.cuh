@@ -1,7 +1,8 @@
-// The instructions of compute capability 9.0 that the strided convolution is made of, beside those of _tma.cuh: copies of
-// weights, products of four warps.
+// The instructions of compute capability 9.0 that the strided convolution is made of, beside those of _tma.cuh and
+// _ptx.cuh: copies of weights, products of four warps.
 #pragma once
 
+#include "_ptx.cuh"
 #include "_tma.cuh"
 
 namespace clone_fast::strided {
@@ -12,13 +13,6 @@ __device__ __forceinline__ void load_weights(std::uint32_t to, const CUtensorMap
                  "[%1, {%2, %3, %3, %3, %4}], [%5];" ::"r"(to), "l"(&map), "r"(c), "r"(0), "r"(row),
                  "r"(gate.address)
                  : "memory");
-}
-
-__device__ __forceinline__ void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void group_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
 // A matrix in shared memory, the terms of a row side by side, 64 of them (or 32) in 128 (64) bytes whose units of 16

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                    const __grid_constant__ Maps maps) {
     using L = Tile<Scheme, kOut, kBlocks, kChunk>;
     extern __shared__ __align__(1024) unsigned char strided_memory[];
-    const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(strided_memory));
+    const auto base = shared_address(strided_memory);
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
     const int group = warp < 4 * kGroups ? warp / 4 : warp - 4 * kGroups;
     const std::uint32_t rings = base + work.chunks * L::kChunkBytes;

@@ -1,6 +1,7 @@
 // Windows of upfirdn2d's fast kernels that finish a convolution: noise, bias, activation and clamp behind the filter.
 #pragma once
 
+#include "_ptx.cuh"
 #include "_upfirdn2d_launch.cuh"
 
 namespace clone_fast::fir {
@@ -18,25 +19,10 @@ struct Finishing {
     float clamp;        // infinity: none
 };
 
-__device__ __forceinline__ float limited(float value, float clamp) {  // unlike fminf and fmaxf it keeps NaN
-    asm("min.NaN.f32 %0, %0, %1;" : "+f"(value) : "f"(clamp));
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(value) : "f"(-clamp));
-    return value;
-}
-
-// Rounding does not change an order: so numbers may be rounded first, and two of them limited by one instruction.
 template <typename T>
-__device__ __forceinline__ std::uint32_t limited(std::uint32_t word, float clamp) {
-    if constexpr (std::is_same_v<T, float>) return __float_as_uint(limited(__uint_as_float(word), clamp));
-    const std::uint32_t high = pack_pair<T>(clamp, clamp), low = pack_pair<T>(-clamp, -clamp);
-    if constexpr (std::is_same_v<T, Bfloat>) {
-        asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(high));
-        asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(low));
-    } else if constexpr (std::is_same_v<T, Half>) {
-        asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(high));
-        asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(low));
-    }
-    return word;
+__device__ __forceinline__ std::uint32_t limited_word(std::uint32_t word, float limit) {
+    if constexpr (std::is_same_v<T, float>) return __float_as_uint(limited(__uint_as_float(word), limit));
+    else return limited_pair<T>(word, pack_pair<T>(-limit, -limit), pack_pair<T>(limit, limit));
 }
 
 // Base: Vectors in channels_last, or Elements. A sum begins with bias and noise, which were loaded two rows earlier.
@@ -78,7 +64,7 @@ struct Finished : Base {
                 const float* from = numbers + 4 * i;
                 biases[i][threadIdx.x] = make_float4(from[0], from[1], from[2], from[3]);
             }
-            bias = static_cast<std::uint32_t>(__cvta_generic_to_shared(&biases[0][threadIdx.x]));
+            bias = shared_address(&biases[0][threadIdx.x]);
         }
         if constexpr (kNoise) {
             factor = finish.strength ? to_float(*finish.strength) * finish.gain : finish.gain;
@@ -132,8 +118,8 @@ struct Finished : Base {
                 if (wanted && out[p]) y[p * c] = from_float<T>(limited(values[0], clamp));
             } else {
                 Bytes16 bytes = pack<T>(values);
-                bytes.x = limited<T>(bytes.x, clamp), bytes.y = limited<T>(bytes.y, clamp);
-                bytes.z = limited<T>(bytes.z, clamp), bytes.w = limited<T>(bytes.w, clamp);
+                bytes.x = limited_word<T>(bytes.x, clamp), bytes.y = limited_word<T>(bytes.y, clamp);
+                bytes.z = limited_word<T>(bytes.z, clamp), bytes.w = limited_word<T>(bytes.w, clamp);
                 if (wanted && out[p]) store16(y + p * c, bytes);
             }
         }

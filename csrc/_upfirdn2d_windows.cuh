@@ -9,7 +9,7 @@
 //   store(row, values)   the next row of output, number `row` of the band; kept only if the band has one of that number
 #pragma once
 
-#include "launch.cuh"
+#include "_ptx.cuh"
 
 namespace clone_fast::fir {
 
@@ -115,8 +115,7 @@ struct Vectors {
         row_bytes = (kThreads / g.lanes.divisor) * g.chunks * 16;
         wrap = kStages * kGroup * row_bytes, copies_left = reads_left = wrap;
         into_step = g.lanes.divisor * 16;
-        const std::uint32_t piece =
-            static_cast<std::uint32_t>(__cvta_generic_to_shared(ring)) + at.slot * g.chunks * 16;
+        const std::uint32_t piece = shared_address(ring) + at.slot * g.chunks * 16;
         into = piece + at.lane * 16;
         int begin, stride;  // the copies' first column and the columns between them
         if constexpr (kChannelsLast) {

@@ -15,7 +15,7 @@
 #pragma once
 
 #include "laplacian_pyramid.h"
-#include "launch.cuh"
+#include "_ptx.cuh"
 
 namespace clone_fast::pyramid {
 

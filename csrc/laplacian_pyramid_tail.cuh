@@ -52,7 +52,7 @@ __device__ __forceinline__ float4 load_row(const float* at, int rank, int self) 
                  "@here ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
                  "@!here ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(at))), "r"(rank), "r"(self));
+                 : "r"(shared_address(at)), "r"(rank), "r"(self));
     return v;
 }
 __device__ __forceinline__ float2 load_pair(const float* at, int rank, int self) {
@@ -62,15 +62,14 @@ __device__ __forceinline__ float2 load_pair(const float* at, int rank, int self)
                  "@here ld.shared.v2.f32 {%0, %1}, [%2];\n"
                  "@!here ld.shared::cluster.v2.f32 {%0, %1}, [there];\n}"
                  : "=f"(v.x), "=f"(v.y)
-                 : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(at))), "r"(rank), "r"(self));
+                 : "r"(shared_address(at)), "r"(rank), "r"(self));
     return v;
 }
 __device__ __forceinline__ void store_pair(float* at, int rank, int self, float2 v) {
     asm volatile("{\n.reg .pred here;\n.reg .b32 there;\nsetp.eq.s32 here, %1, %2;\n"
                  "mapa.shared::cluster.u32 there, %0, %1;\n"
                  "@here st.shared.v2.f32 [%0], {%3, %4};\n"
-                 "@!here st.shared::cluster.v2.f32 [there], {%3, %4};\n}" ::"r"(
-                     static_cast<std::uint32_t>(__cvta_generic_to_shared(at))),
+                 "@!here st.shared::cluster.v2.f32 [there], {%3, %4};\n}" ::"r"(shared_address(at)),
                  "r"(rank), "r"(self), "f"(v.x), "f"(v.y)
                  : "memory");
 }

@@ -1,7 +1,7 @@
 """A plugin for compute-sanitizer, `pytest -p sanitized`: what the tests compare with is computed on the CPU.
 
 cuDNN writes through the copy engine, which initcheck takes for memory that nobody wrote; and a pyramid of plain PyTorch
-is thousands of launches, each of which is watched.
+is thousands of launches, each of which is watched. The loss runs at a few of its sizes.
 """
 
 from __future__ import annotations
@@ -38,5 +38,7 @@ class ConvolutionsOnTheCpu(TorchDispatchMode):
 def _plain_on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if hasattr(request.module, "differentiated"):  # the loss and its gradient by autograd
         monkeypatch.setattr(request.module, "differentiated", on_the_cpu(request.module.differentiated))
+        monkeypatch.setattr(request.module, "SMALL", [(1, 1), (7, 1), (17, 24)])
+        monkeypatch.setattr(request.module, "LARGE", [(129, 130), (300, 520)])
     with ConvolutionsOnTheCpu():
         yield
