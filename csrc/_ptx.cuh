@@ -20,8 +20,8 @@ __device__ __forceinline__ float limited(float value, float limit) {
 #endif
 }
 
-// Two numbers of 16 bits, each between those of low and high; NaN stays. Rounding does not change an order, so numbers may
-// be rounded before they are limited, where the limit is rounded, too.
+// Two numbers of 16 bits, each between those of low and high; NaN stays. Rounding does not change an order, so numbers
+// may be rounded before they are limited, where the limit is rounded, too.
 template <typename T>
 __device__ __forceinline__ std::uint32_t limited_pair(std::uint32_t pair, std::uint32_t low, std::uint32_t high) {
     if constexpr (std::is_same_v<T, Bfloat>) {
