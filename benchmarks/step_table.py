@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results" / "step.json"
+from benchmarks import kept as results
+
+RESULTS = results.FOLDER / "step.json"
 ROWS: list[dict[str, Any]] = []  # of this run on a GPU
 KEY = ("step", "precision", "batch", "network", "device")
 NAMES = {
@@ -17,18 +19,9 @@ NAMES = {
 }
 
 
-def merged(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of an earlier run with those of this one in their place, since one run need not hold them all."""
-    kept = {tuple(row[key] for key in KEY): row for row in [*before, *now]}
-    return list(kept.values())
-
-
 def kept(now: Sequence[dict[str, Any]], path: Path = RESULTS) -> list[dict[str, Any]]:
     """Write them, and return all."""
-    rows = merged(json.loads(path.read_text()) if path.exists() else [], now)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1) + "\n")
-    return rows
+    return results.kept(now, path, KEY)
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
