@@ -83,7 +83,7 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("invert")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = Network(Generator(ARCH).eval(), Discriminator(ARCH).eval())
     save_network(network, folder / "network.safetensors")
@@ -244,9 +244,7 @@ def test_each(mode: str, at_once: str, world: World, benchmark: BenchmarkFixture
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", RuntimeWarning)
             done, values = timed(
-                lambda: inverted(
-                    world, loop, at_once, world.photos, mode=mode, latent_steps=LATENT, steps=STEPS[mode]
-                )
+                lambda: inverted(world, loop, at_once, world.photos, mode=mode, latent_steps=LATENT, steps=STEPS[mode])
             )
         messages = [str(one.message) for one in told if issubclass(one.category, RuntimeWarning)]
         asked = {"latent_steps": LATENT, "steps": STEPS[mode], "photos": len(world.photos), "all_steps": done}
@@ -267,7 +265,7 @@ def test_folder(mode: str, processes: int, world: World, benchmark: BenchmarkFix
         invert(world.photos[0], world.network, mode=mode, precision=PRECISION, **FEW)
         gc.collect()
         torch.cuda.empty_cache()
-    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    torchrun = ("-m", "torch.distributed.run", f"--nproc-per-node={processes}")
 
     def run() -> None:
         said, seconds = command("invert-folder", photos, *options, module=torchrun, OMP_NUM_THREADS="1")

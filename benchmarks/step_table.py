@@ -1,8 +1,7 @@
-"""The table of the steps, made from benchmarks/results/step.json; `python -m benchmarks.step_table` prints it."""
+"""The table of the steps, made from benchmarks/results/step.json."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,5 +47,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    print(table(json.loads(RESULTS.read_text())))
+def block(rows: Sequence[dict[str, Any]]) -> str:
+    """What stands in the README."""
+    text = (
+        f"{results.origin(rows)}. Milliseconds of a step and peak memory, one process, the losses of each checked "
+        "against float32 first. Ours and the reference by the wall; the strongest plain PyTorch (benchmarks/strong.py: "
+        "compiled, one CUDA graph) by the GPU's time alone. Floor: the fewest bytes and operations "
+        "(benchmarks/floors.py) at measured rates. `pytest benchmarks/bench_step.py --benchmark-only` writes them."
+    )
+    return f"{table(rows)}\n\n{text}"

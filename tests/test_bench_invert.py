@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from tiny import one_thread  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,3 +72,75 @@ def test_a_curve_tells_when_it_was_how_near() -> None:
     text = table.curves([row("curve, fp32", curve=curve)])
     assert text.splitlines()[2] == "| bf16 | 20.0 dB at 1.00 s | 2.00 s | 2.00 s |  | 33.0 dB at 3.00 s |"
     assert table.block([row("curve, fp32", curve=curve)]).count("\n\n") == 1  # the others have no rows
+
+
+# ---- the soak --------------------------------------------------------------------------------------------------------
+
+
+def lines(*ms: float, **last: Any) -> list[dict[str, Any]]:
+    made = [
+        {"iterations": 100 * (i + 1), "ms": one, "reserved_gb": 4.0, "finite": True, "loss": 1.0}
+        for i, one in enumerate(ms)
+    ]
+    made[-1] |= last
+    return made
+
+
+def test_a_flat_run_has_no_complaint() -> None:
+    assert part("soak").complaints(lines(90, 30, 31, 30, 32, 31)) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (lines(90, 30, 30, 31, 32, 33), "slower: 32.50 ms"),
+        (lines(90, 30, 30, 30, 30, reserved_gb=4.1), "memory grew: 4.100 GB reserved, 4.000 after the first 200"),
+        (lines(90, 30, 30, 30, 30, finite=False), "not finite at iteration 500"),
+        (lines(90, 30, 30, 30, 30, loss=float("nan")), "not finite at iteration 500"),
+    ],
+)
+def test_what_is_not_flat_is_told(rows: list[dict[str, Any]], message: str) -> None:
+    (found,) = part("soak").complaints(rows)
+    assert message in found
+
+
+def test_the_soak_runs_all_terms_and_ends_with_its_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    soak, path = part("soak"), tmp_path / "soak.json"
+    arguments = {"--iterations": 5, "--every": 1, "--resolution": 8, "--precision": "fp32", "--json": path}
+    monkeypatch.setattr("sys.argv", ["soak", *(str(text) for pair in arguments.items() for text in pair)])
+    monkeypatch.setattr(soak, "Architecture", lambda img_resolution: tiny.arch(img_resolution))
+    monkeypatch.setattr(soak, "SLOWER", 1e9)
+    with pytest.raises(SystemExit) as ended:
+        soak.main()
+    told = json.loads(path.read_text())
+    assert (ended.value.code, told["complaints"], len(told["rows"])) == (0, [], 5)
+    monkeypatch.setattr(soak, "SLOWER", 0.0)
+    with pytest.raises(SystemExit) as ended:
+        soak.main()
+    assert ended.value.code == 1
+
+
+# ---- the precisions --------------------------------------------------------------------------------------------------
+
+
+def test_a_precision_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    precisions, net = part("precisions"), tiny.network()
+    search, take = precisions.searched, precisions.losses
+
+    def searched(net: Any, photo: Any, name: str, steps: int) -> Any:
+        if name == "fp16":
+            raise RuntimeError("no fp16 here")
+        return search(net, photo, name, steps)
+
+    monkeypatch.setattr(precisions, "searched", searched)
+    monkeypatch.setattr(precisions, "losses", lambda net, photo, name, *more: take(net, photo, "fp32", *more))
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for values in precisions.measured(net, tiny.photo(), 2, 2):
+        key = values["precision"], values["mode"]
+        rows[key] = rows.get(key, {"photo": "one"}) | values
+    assert len(rows) == 8
+    assert [key for key, row in rows.items() if "failed" in row] == [("fp16", "recon"), ("fp16", "clone")]
+    assert all(row["apart"] == 0 for row in rows.values())  # fp32 on both sides, here
+    found = precisions.table(list(rows.values())).splitlines()
+    assert found[2].startswith("| fp32 | ")
+    assert found[-1] == "| fp16 |  |  |  | 0 | 0 |"
