@@ -108,8 +108,8 @@ def test_step(row: Row, benchmark: BenchmarkFixture) -> None:
     with mock.patch.dict("os.environ", CLONE_FAST_STRICT="1"), contenders.arithmetic(row.precision):
         world = World(row, common.DEVICE)
         about: dict[str, Any] = {"step": row.step, "precision": row.precision, "batch": row.batch}
-        about |= {"network": row.network, "resolution": row.arch.img_resolution, "torch": torch.__version__}
-        about |= {"device": common.device_name(), "commit": common.commit()}
+        about |= {"network": row.network, "resolution": row.arch.img_resolution}
+        about |= common.origin()
         least = floor(row.step, row.arch, row.batch, torch.finfo(PRECISIONS[row.precision]).bits // 8)
         about |= {"operations": least.operations, "bytes": least.bytes}
         wanted, about["yardstick"] = yardstick(world)
@@ -128,6 +128,7 @@ def test_step(row: Row, benchmark: BenchmarkFixture) -> None:
             rate = clock.matrix_rate(PRECISIONS[row.precision], row.precision == "tf32")
             about["floor_ms"] = least.seconds(clock.copy_bandwidth(), rate) * 1e3
             step_table.ROWS.append(about)
+            step_table.kept([about])  # now: what comes after may not come to its end
         shown = contenders.ours(world)
         benchmark.group = f"step, {row.step}"
         benchmark.pedantic(lambda: shown.run(1).tolist(), rounds=2, warmup_rounds=1)

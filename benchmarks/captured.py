@@ -67,9 +67,9 @@ def apart_in_d(wanted: bool) -> Iterator[None]:
         Adversary.compare = compare  # type: ignore[method-assign]
 
 
-def photo_of(generator: Generator, device: torch.device) -> Tensor:
+def photo_of(generator: Generator, device: torch.device, seed: int = 5) -> Tensor:
     """A photo that the generator cannot draw: one of its images, under a smooth pattern."""
-    source = torch.Generator().manual_seed(5)
+    source = torch.Generator().manual_seed(seed)
     size = generator.img_resolution
     with torch.no_grad():
         image: Tensor = generator(*generator.sample(1, source), noise_mode="const")

@@ -225,6 +225,11 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
 
 
+def origin() -> dict[str, str]:
+    """What the rows ran on, and of which state of things, for the files of results."""
+    return {"device": device_name(), "torch": torch.__version__, "commit": commit()}
+
+
 @functools.cache
 def commit() -> str:
     """Of the checkout, for the file of results."""

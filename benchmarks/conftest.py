@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import clock, common, step_table, tables
+from benchmarks import clock, common, invert_table, step_table, tables
 
 
 def _about() -> dict[str, object]:
@@ -29,8 +29,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line("no CUDA device: small shapes ran, on the CPU, in float32")
         return
     if step_table.ROWS:
-        terminalreporter.write_line(step_table.table(step_table.kept(step_table.ROWS)))
+        terminalreporter.write_line(step_table.table(step_table.ROWS))
         terminalreporter.write_line(f"written: {step_table.RESULTS.relative_to(tables.ROOT)}")
+    if invert_table.ROWS:
+        terminalreporter.write_line(invert_table.block(invert_table.ROWS))
+        terminalreporter.write_line(f"written: {invert_table.RESULTS.relative_to(tables.ROOT)}")
     if not common.ROWS:
         return
     for row in common.ROWS:

@@ -1,13 +1,14 @@
-"""The table of the steps, made from benchmarks/results/step.json; `python -m benchmarks.step_table` prints it."""
+"""The table of the steps, made from benchmarks/results/step.json."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results" / "step.json"
+from benchmarks import kept as results
+
+RESULTS = results.FOLDER / "step.json"
 ROWS: list[dict[str, Any]] = []  # of this run on a GPU
 KEY = ("step", "precision", "batch", "network", "device")
 NAMES = {
@@ -17,18 +18,9 @@ NAMES = {
 }
 
 
-def merged(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of an earlier run with those of this one in their place, since one run need not hold them all."""
-    kept = {tuple(row[key] for key in KEY): row for row in [*before, *now]}
-    return list(kept.values())
-
-
 def kept(now: Sequence[dict[str, Any]], path: Path = RESULTS) -> list[dict[str, Any]]:
     """Write them, and return all."""
-    rows = merged(json.loads(path.read_text()) if path.exists() else [], now)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1) + "\n")
-    return rows
+    return results.kept(now, path, KEY)
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
@@ -55,5 +47,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    print(table(json.loads(RESULTS.read_text())))
+def block(rows: Sequence[dict[str, Any]]) -> str:
+    """What stands in the README."""
+    text = (
+        f"{results.origin(rows)}. Milliseconds of a step and peak memory, one process, the losses of each checked "
+        "against float32 first. Ours and the reference by the wall; the strongest plain PyTorch (benchmarks/strong.py: "
+        "compiled, one CUDA graph) by the GPU's time alone. Floor: the fewest bytes and operations "
+        "(benchmarks/floors.py) at measured rates. `pytest benchmarks/bench_step.py --benchmark-only` writes them."
+    )
+    return f"{table(rows)}\n\n{text}"

@@ -1,4 +1,4 @@
-"""The README's tables of the ops, made from benchmarks/results/ops.json.
+"""The README's tables, made from the files in benchmarks/results: of the ops, here; of the rest, where they are made.
 
 python -m benchmarks.tables           # print them
 python -m benchmarks.tables --write   # put them between the marks in README.md
@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import invert_table, kept, precisions, step_table
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "ops.json"
+RESULTS = kept.FOLDER / "ops.json"
 README = ROOT / "README.md"
-MARKS = ("<!-- ops: made by benchmarks/tables.py -->", "<!-- end of ops -->")
 MEGABYTE = 1e6
 
 Row = dict[str, Any]
@@ -220,7 +221,7 @@ def ops_table(rows: Sequence[Row]) -> str:
 
 
 def block(results: dict[str, Any]) -> str:
-    """What stands in the README between the marks."""
+    """What stands in the README about the ops."""
     about, rows = results["about"], results["rows"]
     origin = (
         f"{about['gpu']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}: copy kernel "
@@ -228,23 +229,44 @@ def block(results: dict[str, Any]) -> str:
         "graphs, medians, inputs rotated past the L2 cache, every row checked against float64 in the same run; "
         "`pytest benchmarks/ --benchmark-only` prints and writes them."
     )
-    return "\n\n".join([MARKS[0], targets_table(rows), ops_table(rows), origin, MARKS[1]])
+    return "\n\n".join([targets_table(rows), ops_table(rows), origin])
 
 
-def written(readme: str, results: dict[str, Any]) -> str:
-    """The README with its block renewed."""
-    pattern = re.compile(re.escape(MARKS[0]) + ".*?" + re.escape(MARKS[1]), re.DOTALL)
-    if not pattern.search(readme):
-        raise ValueError(f"{README.name} has no block between {MARKS[0]} and {MARKS[1]}")
-    return pattern.sub(lambda _: block(results), readme)
+BLOCKS: dict[str, tuple[Path, Callable[[Any], str]]] = {
+    "steps": (step_table.RESULTS, step_table.block),
+    "inversions": (invert_table.RESULTS, invert_table.block),
+    "precisions": (precisions.RESULTS, precisions.block),
+    "ops": (RESULTS, block),
+}
+"""By name: the file of results, and what the README says of it between the marks of that name."""
+
+
+def blocks() -> dict[str, str]:
+    """The text of every block that has results."""
+    return {name: make(json.loads(path.read_text())) for name, (path, make) in BLOCKS.items() if path.exists()}
+
+
+def written(readme: str, texts: dict[str, str]) -> str:
+    """The README with these blocks renewed; the others stay.
+
+    Raises:
+        ValueError: it has no marks for a block.
+    """
+    for name, text in texts.items():
+        start, end = f"<!-- {name}: made by benchmarks/tables.py -->", f"<!-- end of {name} -->"
+        pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
+        if not pattern.search(readme):
+            raise ValueError(f"{README.name} has no block between {start} and {end}")
+        whole = "\n\n".join([start, text, end])
+        readme = pattern.sub(lambda _, whole=whole: whole, readme)  # type: ignore[misc]
+    return readme
 
 
 def main() -> None:
-    results = json.loads(RESULTS.read_text())
     if "--write" in sys.argv[1:]:
-        README.write_text(written(README.read_text(), results))
+        README.write_text(written(README.read_text(), blocks()))
     else:
-        print(block(results))
+        print("\n\n".join(blocks().values()))
 
 
 if __name__ == "__main__":

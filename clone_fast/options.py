@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import click
 import torch
 
+from clone_fast.nn import PRECISIONS
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -67,6 +69,8 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
                           help="Where the latent is searched."),
     "target-psnr": click.option("--target-psnr", type=click.FloatRange(min=0, min_open=True), callback=finite,
                                 help="Stop the tweak at this PSNR in dB."),
+    "precision": click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True,
+                              help="What the networks compute in; their weights stay float32."),
     "device": click.option("--device", default="auto", show_default=True, callback=_device,
                            help="auto, cpu, cuda or cuda:<index>."),
     "seed": click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
@@ -75,7 +79,7 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 """By name, in the order of the help."""
 
-RUN = ("steps", "latent-steps", "mode", "space", "target-psnr", "device", "seed", "quiet")
+RUN = ("steps", "latent-steps", "mode", "space", "target-psnr", "precision", "device", "seed", "quiet")
 """What every command with an inversion has."""
 
 

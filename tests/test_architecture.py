@@ -86,7 +86,7 @@ HOUSE = (
     Layer("processes"),
     Layer("lock", packages=""),
     Layer("folder", imports="many inversion report photo files processes lock", packages="torch tqdm"),
-    Layer("options", packages="torch click"),
+    Layer("options", imports="nn", packages="torch click"),
     Layer("cli", imports=ANY, packages=ANY),
     Layer("__main__", imports="cli", packages=""),
 )

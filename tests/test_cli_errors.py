@@ -87,6 +87,7 @@ OPTIONS = {
     "--target-psnr 0": "--target-psnr",
     "--target-psnr nan": "finite",
     "--mode other": "--mode",
+    "--precision fp8": "--precision",
     "--space z": "--space",
     "--resize stretch": "--resize",
     "--crop 1,2": "LEFT,TOP,SIZE",

@@ -161,7 +161,7 @@ def test_a_photo_of_another_size_is_cropped_or_padded() -> None:
         run(photo=torch.full([3, 16, 16], math.nan))
 
 
-def test_arguments_take_precedence_over_settings() -> None:
+def test_arguments_take_precedence_over_settings(done: Inversion) -> None:
     assert run().settings["latent"]["steps"] == 3
     made = run(space="w", latent_steps=2, steps=4, mode="recon", target_psnr=90.0)
     assert made.settings["latent"] | {"space": "w", "steps": 2} == made.settings["latent"]
@@ -170,6 +170,9 @@ def test_arguments_take_precedence_over_settings() -> None:
     assert torch.equal(made.latent.ws, made.latent.ws[:, :1].expand(-1, 6, -1))
     assert [row["stage"] for row in made.history].count(1) == made.settings["steps"] == 4
     target = float(made.metrics["latent_psnr"] or 0) - 1
+    coarse = run(precision="bf16")
+    assert coarse.settings["latent"]["precision"] == coarse.settings["tweak"]["precision"] == "bf16"
+    assert coarse.history[0]["loss"] != done.history[0]["loss"] == pytest.approx(coarse.history[0]["loss"], rel=0.05)
     assert run(target_psnr=target).settings["stopped"] == "target"
 
 

@@ -28,7 +28,7 @@ from clone_fast import (
 )
 from clone_fast.errors import DivergenceError, MemoryLimitError, PhotoError, SettingsError
 from clone_fast.latent import LatentSettings
-from clone_fast.tweak import Tweak
+from clone_fast.tweak import Tweak, TweakSettings
 
 invert_module = importlib.import_module("clone_fast.invert")  # the package's `invert` is the function
 PHOTOS = [tiny.photo(seed=i) for i in range(5)]
@@ -329,6 +329,18 @@ def test_as_many_at_once_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     list(invert_each(PHOTOS * 2, net, similarity=Watch(count), **options(mode="recon", steps=1)))
     assert most == 5
     assert many.MOST == 8
+
+
+def test_the_precision_counts_in_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[TweakSettings] = []
+
+    def fit(net: Network, settings: TweakSettings, device: torch.device) -> int:
+        asked.append(settings)
+        return 1
+
+    monkeypatch.setattr(many, "photos_that_fit", fit)
+    invert_each(PHOTOS, tiny.network(), precision="bf16", **options())
+    assert asked == [tiny.settings(precision="bf16")]
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

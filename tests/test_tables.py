@@ -1,9 +1,8 @@
-"""The README's tables of the ops: they are those of benchmarks/results/ops.json, and say what its rows say."""
+"""The README's tables: they are those of benchmarks/results, and those of the ops say what their rows say."""
 
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +71,29 @@ def test_one_line_a_shape(tables: Any) -> None:
 
 def test_the_readme_shows_the_results(tables: Any) -> None:
     readme = (ROOT / "README.md").read_text()
-    results = json.loads(tables.RESULTS.read_text())
-    assert tables.written(readme, results) == readme
+    found = tables.blocks()
+    assert "ops" in found
+    assert tables.written(readme, found) == readme
+
+
+def test_the_readme_has_a_place_for_all_that_can_be_measured(tables: Any) -> None:
+    readme = (ROOT / "README.md").read_text()
+    made = tables.written(readme, {name: f"| {name} |" for name in tables.BLOCKS})
+    for name in tables.BLOCKS:
+        marks = f"<!-- {name}: made by benchmarks/tables.py -->", f"<!-- end of {name} -->"
+        assert made.count(f"{marks[0]}\n\n| {name} |\n\n{marks[1]}") == 1
+
+
+def test_what_has_no_results_has_no_block(tables: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text("[1, 2]")
+    made = {"one": (tmp_path / "one.json", str), "other": (tmp_path / "other.json", str)}
+    monkeypatch.setattr(tables, "BLOCKS", made)
+    assert tables.blocks() == {"one": "[1, 2]"}
+    text = "a <!-- one: made by benchmarks/tables.py -->old<!-- end of one --> b"
+    again = tables.written(text, tables.blocks())
+    assert again == "a <!-- one: made by benchmarks/tables.py -->\n\n[1, 2]\n\n<!-- end of one --> b"
 
 
 def test_a_readme_without_marks_is_refused(tables: Any) -> None:
     with pytest.raises(ValueError, match=r"README\.md has no block between"):
-        tables.written("# nothing", {})
+        tables.written("# nothing", {"ops": ""})
