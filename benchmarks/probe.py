@@ -7,6 +7,7 @@ python -m benchmarks.probe tweak-tf32-1-F-1024 --contender ours
 
 from __future__ import annotations
 
+import logging
 import time
 
 import click
@@ -23,6 +24,8 @@ ROWS = {str(row): row for row in [*bench_step.ON_A_GPU, *bench_step.ON_A_CPU]}
 @click.option("--kernels", default=25, show_default=True, help="So many lines of the profile.")
 def main(name: str, who: str, kernels: int) -> None:
     """Time a contender on a ROW of bench_step and print its most expensive kernels."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("clone_fast").setLevel(logging.INFO)  # how long its kernels took to compile
     row = ROWS[name]
     with contenders.arithmetic(row.precision):
         world = contenders.World(row, common.DEVICE)

@@ -13,11 +13,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import logging
 import math
 import os
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,6 +30,8 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+
+log = logging.getLogger("clone_fast")
 
 PACKAGE = "clone_fast.kernels."
 MOST_PROCESSES = 16
@@ -74,6 +78,7 @@ def compile_ahead(run: Callable[[], None]) -> int:
     processes = min(MOST_PROCESSES, _processors(), math.ceil(len(jobs) / SHARE))
     if len(jobs) < FEW or processes < 2:
         return 0
+    began = time.perf_counter()
     command = [sys.executable, "-m", __name__, str(driver.active.get_current_target().arch)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
     with ExitStack() as stack:
@@ -96,6 +101,7 @@ def compile_ahead(run: Callable[[], None]) -> int:
     if failed:
         reason = (failed[0].strip().splitlines() or ["without a word"])[-1]
         warnings.warn(f"compiling kernels side by side: a process failed ({reason})", RuntimeWarning, stacklevel=2)
+    log.info("compiled %d kernels in %d processes: %.1f s", len(jobs), processes, time.perf_counter() - began)
     return len(jobs)
 
 
