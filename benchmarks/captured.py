@@ -172,7 +172,8 @@ def clock(resolution: int, precision: str, device: torch.device) -> list[dict[st
 
                 def variant(work: Any = work) -> str:
                     adversary = getattr(work, "adversary", None)
-                    return "R1" if adversary is not None and adversary.turns % adversary.r1_interval == 0 else "plain"
+                    due = adversary is not None and adversary.turns % work.settings.r1_interval == 0
+                    return "R1" if due else "plain"
 
                 began = time.perf_counter()
                 timed(work, 6 if name.startswith("clone") else 3, variant)  # eager calls of both variants, and captures

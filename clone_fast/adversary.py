@@ -7,10 +7,10 @@ import copy
 import torch
 from torch import Tensor
 
-from clone_fast.capture import adam, forget, update
+from clone_fast.capture import adam, descend, forget
 from clone_fast.errors import SettingsError
 from clone_fast.losses import discriminator_adversarial, r1_penalty
-from clone_fast.nn import Discriminator, Generator
+from clone_fast.nn import Discriminator, Generator, Precision
 from clone_fast.settings import TweakSettings
 
 
@@ -39,23 +39,15 @@ class Adversary:
     a single one: there it is always 0, which D never saw in training.
     """
 
-    def __init__(
-        self,
-        discriminator: Discriminator,
-        *,
-        adversarial_weight: float,
-        cohesion_weight: float,
-        learning_rate: float,
-        r1_gamma: float,
-        r1_interval: int,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.original = discriminator
-        self.discriminator = copy.deepcopy(discriminator).train().requires_grad_(True)
-        self.adversarial_weight, self.cohesion_weight = adversarial_weight, cohesion_weight
-        self.r1_gamma, self.r1_interval, self.dtype = r1_gamma, r1_interval, dtype
+    def __init__(self, discriminator: Discriminator, settings: TweakSettings) -> None:
+        self.original, self.settings = discriminator, settings
+        self.discriminator = copy.deepcopy(discriminator).train().requires_grad_(False)
+        self.precision = Precision.named(settings.precision)
         self.turns = 0
-        self.optimizer = adam([(list(self.discriminator.parameters()), learning_rate)], betas=(0.0, 0.99))
+        groups: list[tuple[list[Tensor], float]] = [
+            (list(self.discriminator.parameters()), settings.discriminator_lr)
+        ]
+        self.optimizer = adam(groups, betas=(0.0, 0.99), loss_scale=self.precision.loss_scale)
 
     def restart(self) -> None:
         """Begin anew from the original, in the memory that is there."""
@@ -66,7 +58,7 @@ class Adversary:
     def take_turn(self) -> bool:
         """Count an update, on the host; whether R1 joins it."""
         self.turns += 1
-        return self.r1_gamma > 0 and (self.turns - 1) % self.r1_interval == 0
+        return self.settings.r1_gamma > 0 and (self.turns - 1) % self.settings.r1_interval == 0
 
     def update(
         self, real: Tensor, fake: Tensor, label: Tensor | None, local: bool, rate: Tensor, penalised: bool
@@ -75,19 +67,21 @@ class Adversary:
 
         rate: [], factor of the learning rate, on the device.
         """
+        s = self.settings
+        self.discriminator.requires_grad_(True)
         real_logits, fake_logits = self.compare(real, fake, label)
         loss = real.new_zeros([])
-        if local and self.adversarial_weight > 0:
-            loss = loss + self.adversarial_weight * discriminator_adversarial(real_logits[:1], fake_logits[:1])
-        if self.cohesion_weight > 0:
-            loss = loss + self.cohesion_weight * discriminator_adversarial(real_logits[local:], fake_logits[local:])
+        if local and s.adversarial_weight > 0:
+            loss = loss + s.adversarial_weight * discriminator_adversarial(real_logits[:1], fake_logits[:1])
+        if s.cohesion_weight > 0:
+            loss = loss + s.cohesion_weight * discriminator_adversarial(real_logits[local:], fake_logits[local:])
         objective = loss
         if penalised:
-            penalty = r1_penalty(lambda images: self._logits(images, label), real)
-            objective = loss + penalty * (self.r1_gamma / 2 * self.r1_interval)
-        self.optimizer.zero_grad(set_to_none=True)
-        objective.backward()
-        update(self.optimizer, rate)
+            scale = self.precision.loss_scale
+            penalty = r1_penalty(lambda images: self._logits(images, label), real, scale=scale)
+            objective = loss + penalty * (s.r1_gamma / 2 * s.r1_interval)
+        descend(self.optimizer, objective, rate)
+        self.discriminator.requires_grad_(False)
         return loss.detach()
 
     def compare(self, real: Tensor, fake: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -103,13 +97,10 @@ class Adversary:
         return logits[::2], logits[1::2]
 
     def judge(self, images: Tensor, label: Tensor | None) -> Tensor:
-        """Logits [N, 1] with a gradient to the images and none to D's weights."""
-        self.discriminator.requires_grad_(False)
-        try:
-            return self._logits(images, label)
-        finally:
-            self.discriminator.requires_grad_(True)
+        """Logits [N, 1] with a gradient to the images and none to D's weights, which want one in `update` alone."""
+        return self._logits(images, label)
 
     def _logits(self, images: Tensor, label: Tensor | None) -> Tensor:
-        logits: Tensor = self.discriminator(images, label, dtype=self.dtype)
+        options = {"dtype": self.precision.dtype, "recompute": self.settings.recompute}
+        logits: Tensor = self.discriminator(images, label, **options)
         return logits

@@ -208,15 +208,31 @@ class Table:
             self.index.add_(1)
 
 
-def adam(groups: list[tuple[list[Tensor], float]], *, betas: tuple[float, float]) -> torch.optim.Adam:
-    """Fused Adam that can be captured, for groups of (parameters, peak of the learning rate); see `update`."""
+def adam(
+    groups: list[tuple[list[Tensor], float]], *, betas: tuple[float, float], loss_scale: float = 1.0
+) -> torch.optim.Adam:
+    """Fused Adam that can be captured, for groups of (parameters, peak of the learning rate); see `descend`.
+
+    loss_scale: what the loss is multiplied by for its backward, and the gradients are divided by in the update.
+    """
     device = groups[0][0][0].device
-    return torch.optim.Adam(
+    optimizer = torch.optim.Adam(
         [{"params": tensors, "lr": torch.tensor(peak, device=device), "peak": peak} for tensors, peak in groups],
         betas=betas,
         fused=True,
         capturable=device.type == "cuda",
     )
+    if loss_scale != 1:
+        vars(optimizer)["grad_scale"] = torch.tensor(loss_scale, device=device)  # where torch.amp's GradScaler puts it
+    return optimizer
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, rate: Tensor) -> None:
+    """Fresh gradients of the loss to all that takes part in it, and a step as of `update`."""
+    optimizer.zero_grad(set_to_none=True)
+    scale = vars(optimizer).get("grad_scale")
+    (loss if scale is None else loss * scale).backward()
+    update(optimizer, rate)
 
 
 @torch.no_grad()

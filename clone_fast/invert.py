@@ -65,6 +65,7 @@ def invert(
     mode: str | None = None,
     target_psnr: float | None = None,
     precision: str | None = None,
+    recompute: bool | None = None,
     real_images: StrPath | Tensor | None = None,
     label: int | None = None,
     resize: str = "crop",
@@ -93,6 +94,7 @@ def invert(
         mode: "clone", the method, or "recon", reconstruction alone.
         target_psnr: stop the tweak as soon as the clone is that near, in dB.
         precision: what the networks compute in, in both stages: "fp32", "tf32", "bf16" or "fp16".
+        recompute: save memory in both stages, see `TweakSettings`.
         real_images: a folder of photos, or a tensor [N, 3, R, R], for the global term; by default the frozen original
             generator draws them.
         label: class of the photo, for a class-conditional network.
@@ -112,9 +114,10 @@ def invert(
         DivergenceError: the loss was not finite from the first step on.
     """
     seconds: dict[str, float] = {}
-    search = override(latent_settings or LatentSettings(), space=space, steps=latent_steps, precision=precision)
+    both = {"precision": precision, "recompute": recompute}
+    search = override(latent_settings or LatentSettings(), space=space, steps=latent_steps, **both)
     settings = override(
-        tweak_settings or TweakSettings(), steps=steps, mode=mode, target_psnr=target_psnr, precision=precision
+        tweak_settings or TweakSettings(), steps=steps, mode=mode, target_psnr=target_psnr, **both
     )
     where = choose_device(device)
     with _clock(seconds, "load", where):

@@ -76,12 +76,15 @@ def paired_cohesion(after: Tensor, before: Tensor) -> Tensor:
     return laplacian_pyramid_loss(after, before, levels=levels, charbonnier=SOFT) - levels * SOFT
 
 
-def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
-    """Mean over real images of |grad D(x)|^2 (Mescheder et al. 2018); multiply by gamma / 2."""
+def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, *, scale: float = 1.0) -> Tensor:
+    """Mean over real images of |grad D(x)|^2 (Mescheder et al. 2018); multiply by gamma / 2.
+
+    scale: what the logits are multiplied by on the way to that gradient, so that float16 can hold what is small.
+    """
     images = real.detach().requires_grad_(True)
     with fast_double_backward():
-        (gradient,) = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
-    return gradient.square().sum(dim=[1, 2, 3]).mean()
+        (gradient,) = torch.autograd.grad(discriminator(images).sum() * scale, images, create_graph=True)
+    return (gradient / scale).square().sum(dim=[1, 2, 3]).mean()
 
 
 def path_length_penalty(

@@ -67,7 +67,7 @@ def invert_each(
     signature(invert).bind(None, **options)  # an option that `invert` does not have is told now
     if at_once is not None and at_once < 1:
         raise SettingsError(f"at_once must be >= 1, got {at_once}")
-    asked = {name: options.get(name) for name in ("steps", "mode", "target_psnr", "precision")}
+    asked = {name: options.get(name) for name in ("steps", "mode", "target_psnr", "precision", "recompute")}
     settings = override(options.get("tweak_settings") or TweakSettings(), **asked)
     device = choose_device(options.get("device"))
     opened = open_network(network, options.pop("discriminator", None), device)

@@ -25,13 +25,16 @@ def activations(arch: Architecture, element_size: int = 4) -> int:
 
 def iteration_bytes(arch: Architecture, settings: TweakSettings) -> int:
     """About what an iteration of the tweak needs besides weights and optimisers."""
-    one = activations(arch, PRECISIONS[settings.precision].dtype.itemsize)
+    size = PRECISIONS[settings.precision].dtype.itemsize
+    one, kept = activations(arch, size), 0
+    if settings.recompute:  # the input of every block, and all of the block that is computed again, of the largest one
+        kept, one = one, arch.channels(arch.img_resolution) * arch.img_resolution**2 * size
     if settings.mode == "recon":
-        return one * IN_GENERATOR
+        return kept + one * IN_GENERATOR
     drawn = (settings.batch if settings.others else 1) + settings.edits
     forwards = 2 + 2 * (settings.r1_gamma > 0)  # of real images and of fakes; R1 counts twice, with its own gradient
     judged = forwards * settings.batch if settings.adversarial else 0
-    return one * (IN_GENERATOR * drawn + IN_DISCRIMINATOR * judged)
+    return kept * (drawn + judged) + one * (IN_GENERATOR * drawn + IN_DISCRIMINATOR * judged)
 
 
 def photo_bytes(network: Network, settings: TweakSettings) -> int:
@@ -65,17 +68,19 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def advice(arch: Architecture, settings: TweakSettings, free: int | None) -> str:
-    """A line that names what should fit into so many bytes: half precision, the largest batch, or mode recon."""
+    """A line that names what should fit into so many bytes: half precision, recomputing, the largest batch, or mode
+    recon."""
     smaller = [replace(settings, batch=batch) for batch in range(settings.batch - 1, 1, -1)]
     group = arch.mbstd_group_size or 1
     allowed = [s for s in smaller if s.batch <= group or s.batch % group == 0] if settings.mode == "clone" else []
     recon = replace(settings, mode="recon")
     half = [replace(settings, precision="bf16")] if settings.precision in ("fp32", "tf32") else []
-    for choice in (*half, *allowed, *([recon] if settings.mode == "clone" else [])):
+    again = [] if settings.recompute else [replace(settings, recompute=True)]
+    for choice in (*half, *again, *allowed, *([recon] if settings.mode == "clone" else [])):
         needed = iteration_bytes(arch, choice)
         if free is None or needed <= SAFE * free:
             name = "mode='recon'" if choice is recon else f"batch={choice.batch}"
-            name = "precision='bf16'" if choice in half else name
+            name = "precision='bf16'" if choice in half else "recompute=True" if choice in again else name
             return f"{name} should fit (about {gib(needed)} for an iteration)"
     return SMALLER
 

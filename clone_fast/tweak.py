@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from clone_fast.adversary import Adversary, usable
-from clone_fast.capture import Board, Captured, adam, forget, update
+from clone_fast.capture import Board, Captured, adam, descend, forget
 from clone_fast.draws import Draws, Wanted
 from clone_fast.errors import DivergenceError, MemoryLimitError
 from clone_fast.latent import Latent
@@ -96,18 +96,11 @@ class Tweak:
             (tuned, s.generator_lr),
             ([m for m in self.maps.values() if m.requires_grad], s.noise_lr),
         ]
-        self.optimizer = adam([group for group in groups if group[0]], betas=(0.9, 0.99))
+        groups = [group for group in groups if group[0]]
+        self.optimizer = adam(groups, betas=(0.9, 0.99), loss_scale=self.precision.loss_scale)
         self.adversary: Adversary | None = None
         if s.adversarial:
-            self.adversary = Adversary(
-                usable(discriminator, generator, s, label, real_images),
-                adversarial_weight=s.adversarial_weight,
-                cohesion_weight=s.cohesion_weight,
-                learning_rate=s.discriminator_lr,
-                r1_gamma=s.r1_gamma,
-                r1_interval=s.r1_interval,
-                dtype=self.precision.dtype,
-            )
+            self.adversary = Adversary(usable(discriminator, generator, s, label, real_images), s)
         self.offset = torch.empty_like(photo)  # what the original lacks: the same after any edit
         self.pool = real_images if self.adversary is not None else None
         self.real = photo.new_empty([0 if self.pool is None else s.batch, *photo.shape[1:]])
@@ -144,7 +137,7 @@ class Tweak:
         if self.adversary is not None:
             self.adversary.restart()
         with self.precision.active():
-            drawn = _synthesise(self.original, [latent.ws], [], [], latent.noise, self.precision.dtype)
+            drawn = _synthesise(self.original, [latent.ws], [], [], latent.noise, self.settings)
             torch.sub(photo, drawn, out=self.offset)
         self.draws.restart(seed)
         self.board.clear()
@@ -207,9 +200,7 @@ class Tweak:
         if s.edits and local:
             terms["edit"] = s.edit_weight * paired_cohesion(edited, wanted)
         loss = torch.stack(list(terms.values())).sum()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        update(self.optimizer, rate)
+        descend(self.optimizer, loss, rate)
         self.draws.table.advance()
         values = {"loss": loss, **values, **terms}
         self.board.write(values)
@@ -226,11 +217,11 @@ class Tweak:
         before = wanted = self.photo[:0]
         if rest or moved:
             with torch.no_grad():
-                known = _synthesise(self.original, [], rest, moved, self.latent.noise, self.precision.dtype)
+                known = _synthesise(self.original, [], rest, moved, self.latent.noise, s)
             before, wanted = known[:others], self.offset + known[others:]
         if rest and s.tune_mapping:
             rest = [self.generator.mapping(table["z"][:others], c)]
-        drawn = _synthesise(self.generator, own, rest, moved, self.maps, self.precision.dtype)
+        drawn = _synthesise(self.generator, own, rest, moved, self.maps, s)
         if local and c is not None and self.label is not None:
             c = torch.cat([self.label, c])
         return Drawn(drawn[: local + others], before, c, drawn[local + others :], wanted)
@@ -260,7 +251,7 @@ def _synthesise(
     rest: list[Tensor],
     moved: list[Tensor],
     maps: dict[str, Tensor],
-    dtype: torch.dtype,
+    settings: TweakSettings,
 ) -> Tensor:
     """Images of ws [n, num_ws, w_dim], of all lists in turn; those in `own` and `moved` have the photo's noise maps."""
     ws, consts = torch.cat([*own, *rest, *moved]), generator.synthesis.noise_consts()
@@ -269,7 +260,10 @@ def _synthesise(
         for name, mine in maps.items():
             parts = [(mine, own), (consts[name], rest), (mine, moved)]
             noise[name] = torch.cat([value.expand(len(one), 1, -1, -1) for value, group in parts for one in group])
-    images: Tensor = generator.synthesis(ws, noise_mode="const", noise=noise, dtype=dtype)
+    dtype = Precision.named(settings.precision).dtype
+    images: Tensor = generator.synthesis(
+        ws, noise_mode="const", noise=noise, dtype=dtype, recompute=settings.recompute
+    )
     return images
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clone_fast import capture, draws
 from clone_fast import tweak as tweak_module
-from clone_fast.capture import EAGER_CALLS, Board, Captured, Table, adam, update
+from clone_fast.capture import EAGER_CALLS, Board, Captured, Table, adam, descend, update
 from clone_fast.errors import BackendError
 from clone_fast.latent import LatentSettings, optimise
 from clone_fast.nn import Network
@@ -142,6 +142,19 @@ def test_adam_takes_its_rates_from_the_device() -> None:
         update(ours, torch.tensor(rate))
         plain.step()
     torch.testing.assert_close(mine, theirs)
+
+
+def test_a_scaled_loss_takes_the_same_step() -> None:
+    mine, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2))
+    scaled = adam([([mine], 0.1)], betas=(0.5, 0.99), loss_scale=1024.0)
+    plain = adam([([theirs], 0.1)], betas=(0.5, 0.99))
+    seen: list[float] = []
+    mine.register_hook(lambda grad: seen.append(float(grad[0])))
+    for _ in range(3):
+        for optimizer, p in ((scaled, mine), (plain, theirs)):
+            descend(optimizer, (p - 0.3).square().sum(), torch.ones([]))
+    torch.testing.assert_close(mine, theirs)
+    assert seen[0] == pytest.approx(1024 * 2 * (-1 - 0.3))
 
 
 # ---- the two loops ---------------------------------------------------------------------------------------------------

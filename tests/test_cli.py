@@ -76,7 +76,8 @@ def test_every_option_reaches_invert(world: World, tmp_path: Path, monkeypatch: 
         "--seed": 9,
         "--label": 3,
     }
-    result = run("invert", world.photo, "--out", tmp_path, *(part for pair in options.items() for part in pair))
+    given = [part for pair in options.items() for part in pair]
+    result = run("invert", world.photo, "--out", tmp_path, "--recompute", *given)
     assert result.exit_code == 0, result.output
     assert callable(seen.pop("progress"))
     assert seen == {
@@ -89,6 +90,7 @@ def test_every_option_reaches_invert(world: World, tmp_path: Path, monkeypatch: 
         "space": "w",
         "target_psnr": 33.5,
         "precision": "bf16",
+        "recompute": True,
         "real_images": Path("photos"),
         "resize": "pad",
         "crop": (1, 2, 30),

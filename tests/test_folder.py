@@ -179,7 +179,8 @@ def test_every_option_reaches_the_inversions(
         "--label": 3,
         "--at-once": 5,
     }
-    run("invert-folder", photos, "--out", tmp_path / "out", *(part for pair in options.items() for part in pair))
+    given = [part for pair in options.items() for part in pair]
+    run("invert-folder", photos, "--out", tmp_path / "out", "--recompute", *given)
     assert seen == {
         "photos": [photos / "0.png", photos / "1.png"],
         "network": Path("n.pkl"),
@@ -190,6 +191,7 @@ def test_every_option_reaches_the_inversions(
         "space": "w",
         "target_psnr": 33.5,
         "precision": "bf16",
+        "recompute": True,
         "real_images": Path("others"),
         "resize": "pad",
         "device": "cpu",

@@ -174,6 +174,9 @@ def test_arguments_take_precedence_over_settings(done: Inversion) -> None:
     assert coarse.settings["latent"]["precision"] == coarse.settings["tweak"]["precision"] == "bf16"
     assert coarse.history[0]["loss"] != done.history[0]["loss"] == pytest.approx(coarse.history[0]["loss"], rel=0.05)
     assert run(target_psnr=target).settings["stopped"] == "target"
+    again = run(recompute=True)
+    assert again.settings["latent"]["recompute"] is again.settings["tweak"]["recompute"] is True
+    assert again.history == done.history
 
 
 def test_a_latent_given_is_where_it_starts() -> None:

@@ -195,6 +195,7 @@ def test_r1_is_the_mean_squared_norm_of_ds_gradient_by_finite_differences() -> N
     judge, real = Judge(), rand(3, 3, 4, 4)
     want = torch.stack([jacobian_by_differences(judge, x).square().sum() for x in real]).mean()
     torch.testing.assert_close(r1_penalty(judge, real), want, rtol=1e-8, atol=0)
+    torch.testing.assert_close(r1_penalty(judge, real, scale=64.0), want, rtol=1e-8, atol=0)
 
 
 def test_the_gradient_of_r1_agrees_with_finite_differences() -> None:

@@ -45,7 +45,7 @@ def test_a_tweak_that_does_not_fit_says_what_would() -> None:
     with pytest.raises(MemoryLimitError, match=r"^tweak: .* 16x16 with batch=4 .* of cpu; precision='bf16' should fit"):
         run(tiny.settings(), at=1)
     with pytest.raises(MemoryLimitError, match="use a smaller network"):
-        run(tiny.settings(mode="recon", precision="bf16"), at=1)
+        run(tiny.settings(mode="recon", precision="bf16", recompute=True), at=1)
 
 
 def test_a_tweak_that_stops_fitting_keeps_the_last_check() -> None:
@@ -84,7 +84,7 @@ def test_a_search_that_does_not_fit(at: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_advice_names_the_largest_batch_that_fits() -> None:
-    s = TweakSettings(batch=4, precision="bf16")
+    s = TweakSettings(batch=4, precision="bf16", recompute=True)
     needs = {batch: memory.iteration_bytes(ARCH, replace(s, batch=batch)) for batch in (2, 3, 4)}
     recon = memory.iteration_bytes(ARCH, replace(s, mode="recon"))
     assert recon < needs[2] < needs[3] < needs[4]
@@ -95,5 +95,14 @@ def test_the_advice_names_the_largest_batch_that_fits() -> None:
         (recon * 1.01, memory.SMALLER),
     ):
         assert memory.advice(ARCH, s, int(free)).startswith(want)
-    s = TweakSettings(batch=8, precision="bf16")
+    s = TweakSettings(batch=8, precision="bf16", recompute=True)
     assert memory.advice(ARCH, s, None).startswith("batch=4 ")  # what D's groups divide
+
+
+@pytest.mark.parametrize("mode", ["clone", "recon"])
+def test_recomputing_is_advised_where_it_is_enough(mode: str) -> None:
+    s = TweakSettings(mode=mode, precision="bf16")
+    need = memory.iteration_bytes(ARCH, replace(s, recompute=True))
+    assert need < 0.8 * memory.iteration_bytes(ARCH, s)
+    assert memory.advice(ARCH, s, int(need * 1.2)).startswith("recompute=True should fit")
+    assert not memory.advice(ARCH, s, int(need)).startswith("recompute")

@@ -49,6 +49,38 @@ def test_precisions() -> None:
         Precision.named("fp8")
 
 
+# ---- recomputing -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Generator, Discriminator])
+def test_recomputing_gives_the_same_for_less_memory(kind: Any, path: str) -> None:
+    """Gradients, and gradients of gradients, which R1 wants; what waits for a backward is the inputs of the blocks."""
+    network = randomised(kind(TINY))
+    if kind is Generator:
+        network = network.synthesis
+        given = torch.randn(2, network.num_ws, TINY.w_dim)
+    else:
+        given = torch.randn(2, TINY.img_channels, TINY.img_resolution, TINY.img_resolution)
+    found, kept = [], []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[-1] += tensor.numel()
+        return tensor
+
+    for recompute in (False, True):
+        network.zero_grad()
+        kept.append(0)
+        x = given.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = network(x, recompute=recompute)
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        dx.square().sum().backward()
+        found.append([y.detach(), dx.detach(), *(p.grad for p in network.parameters() if p.grad is not None)])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-6, atol=1e-9)
+    assert kept[1] < 0.5 * kept[0]
+
+
 def raise_if(true: bool) -> None:
     if true:
         raise ZeroDivisionError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 from clone_fast import tweak as tweak_module
 from clone_fast.errors import DivergenceError, SettingsError
 from clone_fast.latent import Latent
-from clone_fast.nn import Discriminator, Generator, MappingNetwork, Network, SynthesisNetwork
+from clone_fast.nn import PRECISIONS, Discriminator, Generator, MappingNetwork, Network, SynthesisNetwork
 from clone_fast.progress import Record
 from clone_fast.tweak import COLLAPSE_DB, Tweak, Tweaked, TweakSettings
 
@@ -97,6 +98,47 @@ def test_the_clone_comes_nearer_in_bfloat16(mode: str, monkeypatch: pytest.Monke
     assert {p.dtype for p in done.generator.parameters()} == {torch.float32}
     assert psnr(done.generator, done.latent) > psnr(net.generator, latent) + 1.5
     assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_float16_keeps_small_gradients() -> None:
+    """Those of a mean over a million pixels are below its range, unless the loss is scaled."""
+    net, found = tiny.network(), {}
+    for name, scale in (("fp32", 1.0), ("fp16", 1.0), ("fp16", None)):
+        with pytest.MonkeyPatch.context() as patch:
+            if scale:
+                patch.setitem(PRECISIONS, name, replace(PRECISIONS[name], loss_scale=scale))
+            s = tiny.settings(mode="recon", precision=name, reconstruction_weight=1e-5)
+            work = Tweak(net.generator, None, tiny.latent(net), PHOTO, s)
+        work.step(1.0)
+        grads = [p.grad.flatten() for p in work.moved() if p.grad is not None]
+        found[name, scale] = torch.cat(grads).double()
+    want = found["fp32", 1.0]
+    apart = {scale: float((found["fp16", scale] - want).norm() / want.norm()) for scale in (1.0, None)}
+    assert apart[1.0] > 0.1
+    assert apart[None] < 2e-3
+
+
+@pytest.mark.parametrize("changes", [{"mode": "recon"}, {"r1_interval": 2, "tune_mapping": True}], ids=str)
+def test_recomputing_changes_nothing_but_what_is_kept(changes: dict[str, Any]) -> None:
+    """Nor what has a gradient: D's weights have none while it judges for G, in the backward neither."""
+    net, kept = tiny.network(), []
+    latent = tiny.latent(net, noise=True)
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[-1] += tensor.numel()
+        return tensor
+
+    runs = []
+    for recompute in (False, True):
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            runs.append(run(net, tiny.settings(steps=5, recompute=recompute, **changes), latent))
+    plain, again = runs
+    tiny.assert_state(again.generator, tiny.state(plain.generator))
+    if again.discriminator is not None and plain.discriminator is not None:
+        tiny.assert_state(again.discriminator, tiny.state(plain.discriminator))
+    assert repr(again.rows) == repr(plain.rows)
+    assert kept[1] < kept[0]
 
 
 def test_cohesion_keeps_other_images_nearer_to_where_they_were() -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clone_fast.capture import ROWS, Board, Captured, Table, adam, forget, rehearsing, update
+from clone_fast.capture import ROWS, Board, Captured, Table, adam, descend, forget, rehearsing
 from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity
@@ -38,6 +38,7 @@ class LatentSettings:
         start_samples: random latents for the mean and spread of w, and to choose the start among.
         similarity: "laplacian" (pyramid and mean square) or "lpips" (needs the lpips extra and its weights).
         precision: what the generator computes in, see `clone_fast.nn.PRECISIONS`.
+        recompute: save memory: the backward computes block after block of the generator once more.
         check_every: steps between two reads of the loss.
     """
 
@@ -50,6 +51,7 @@ class LatentSettings:
     start_samples: int = 512
     similarity: str = "laplacian"
     precision: str = "fp32"
+    recompute: bool = False
     check_every: int = 5
 
     def __post_init__(self) -> None:
@@ -152,7 +154,9 @@ class Search:
             for name, const in generator.synthesis.noise_consts().items():
                 self.maps[name] = torch.empty_like(const).requires_grad_(True)
         self.tuned = [self.ws, *(m for m in self.maps.values() if m.requires_grad)]
-        self.optimizer = adam([(self.tuned, settings.learning_rate)], betas=(0.9, 0.99))
+        self.optimizer = adam(
+            [(self.tuned, settings.learning_rate)], betas=(0.9, 0.99), loss_scale=self.precision.loss_scale
+        )
         self.source, self.spread = torch.Generator(), 0.0
         self.taken, self.size = 0, min(settings.steps, ROWS)
         self.table = Table({}, photo.device)
@@ -214,15 +218,15 @@ class Search:
         """All that an iteration does, on static memory: what a graph replays."""
         s = self.settings
         ws = (self.ws + self.table["jitter"]).expand(-1, self.generator.num_ws, -1)
-        image = self.generator.synthesis(ws, noise_mode="const", noise=self.maps, dtype=self.precision.dtype)
+        image = self.generator.synthesis(
+            ws, noise_mode="const", noise=self.maps, dtype=self.precision.dtype, recompute=s.recompute
+        )
         loss = self.loss_of(image)
         if s.noise_maps:
             structure = [noise_structure(m) for m in self.maps.values()]
             loss = loss + s.noise_regularization * torch.stack(structure).sum()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         self.board.write({"loss": loss, "psnr": quick_psnr(image, self.photo)})
-        update(self.optimizer, self.table["rate"])
+        descend(self.optimizer, loss, self.table["rate"])
         with torch.no_grad():
             for m in [] if rehearsing() else self.tuned[1:]:  # keep the maps at zero mean and unit variance
                 m.sub_(m.mean()).mul_(m.square().mean().rsqrt())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clone_fast.nn.architecture import RESAMPLE_TAPS, Architecture
 from clone_fast.nn.generator import MappingNetwork
-from clone_fast.nn.layers import Conv2dLayer, FullyConnectedLayer, at_least_float32, fast_layout, in_one_go
+from clone_fast.nn.layers import Conv2dLayer, FullyConnectedLayer, at_least_float32, fast_layout, in_one_go, run
 from clone_fast.nn.tables import bias_table
 from clone_fast.ops import setup_filter
 
@@ -119,11 +119,14 @@ class Discriminator(nn.Module):
             found.setdefault(block, {})[layer] = value
         return found
 
-    def features(self, img: Tensor, *, per_image: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    def features(
+        self, img: Tensor, *, per_image: bool = False, dtype: torch.dtype | None = None, recompute: bool = False
+    ) -> Tensor:
         """The activations [N, channels(4)] before the last layer, float32 at least.
 
         per_image: leave every image in a group of its own, so that the features of one do not depend on the rest of
-        its batch. dtype: of the convolutions' activations, see `PRECISIONS`; None for img's.
+        its batch. dtype: of the convolutions' activations, see `PRECISIONS`; None for img's. recompute: save memory:
+        the backward computes block after block once more.
 
         Raises:
             ValueError: img has another shape, or N is no multiple of the minibatch group.
@@ -135,16 +138,18 @@ class Discriminator(nn.Module):
         biases = self._biases(x.dtype)
         for resolution in self.block_resolutions:
             name = f"b{resolution}"
-            x = self.get_submodule(name)(x, biases[name])
+            x = run(self.get_submodule(name), x, biases[name], recompute=recompute)
         return self.b4.features(x, 1 if per_image else self.b4.group_size, biases["b4"]["conv"])
 
-    def forward(self, img: Tensor, c: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Logits [N, 1], float32 at least: the higher, the more real. dtype: as in `features`.
+    def forward(
+        self, img: Tensor, c: Tensor | None = None, *, dtype: torch.dtype | None = None, recompute: bool = False
+    ) -> Tensor:
+        """Logits [N, 1], float32 at least: the higher, the more real. dtype, recompute: as in `features`.
 
         Raises:
             ValueError: img or c has another shape or is missing, or N is no multiple of the minibatch group.
         """
-        logits: Tensor = self.b4.out(self.features(img, dtype=dtype))
+        logits: Tensor = self.b4.out(self.features(img, dtype=dtype, recompute=recompute))
         if self.arch.c_dim == 0:
             return logits
         label = self.mapping(None, c)

@@ -21,6 +21,7 @@ from clone_fast.nn.layers import (
     in_one_go,
     limit_in,
     normalize_2nd_moment,
+    run,
 )
 from clone_fast.nn.tables import style_table
 from clone_fast.ops import modulated_conv2d, setup_filter, upsample2d
@@ -289,6 +290,7 @@ class SynthesisNetwork(nn.Module):
         noise: Mapping[str, Tensor] | None = None,
         *,
         dtype: torch.dtype | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """Draw images.
 
@@ -298,6 +300,7 @@ class SynthesisNetwork(nn.Module):
             noise: maps [r, r] or [N, 1, r, r] by layer name (see `noise_names`), in place of the mode's.
             dtype: of the convolutions' activations, see `PRECISIONS`; None for that of the parameters. The sum of the
                 RGB images is float32 at least.
+            recompute: save memory: the backward computes block after block once more.
 
         Returns:
             [N, img_channels, R, R] float32, about in [-1, 1].
@@ -319,7 +322,7 @@ class SynthesisNetwork(nn.Module):
         prepared = self._prepared(ws, self._noise(ws.shape[0], noise_mode, noise), x.dtype)
         for resolution in self.block_resolutions:
             name = f"b{resolution}"
-            x, img = self.get_submodule(name)(x, img, prepared[name])
+            x, img = run(self.get_submodule(name), x, img, prepared[name], recompute=recompute)
         image: Tensor = img.contiguous()
         return image
 

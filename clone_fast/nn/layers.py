@@ -6,9 +6,11 @@ Weights are stored at unit variance and scaled when used (equalised learning rat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clone_fast.nn.architecture import RESAMPLE_TAPS
 from clone_fast.ops import bias_act, is_fast, modulated_conv2d, setup_filter
@@ -33,6 +35,14 @@ def fast_layout(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if dtype in (None, x.dtype):
         return x.contiguous(memory_format=torch.channels_last)
     return x.to(dtype, memory_format=torch.channels_last)
+
+
+def run(block: nn.Module, *args: Any, recompute: bool) -> Any:
+    """block(*args). recompute: keep its arguments alone for the backward, and compute what that needs once more there
+    (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"). Nothing in a block is random."""
+    if not (recompute and torch.is_grad_enabled()):
+        return block(*args)
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def limit_in(dtype: torch.dtype, conv_clamp: float | None) -> float | None:
