@@ -65,7 +65,7 @@ class World:
         source = torch.Generator().manual_seed(0)
         size = row.arch.img_resolution
         photos = 1 if row.step == "clone" else row.batch
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.generator, self.discriminator = Generator(row.arch), Discriminator(row.arch)
         with torch.no_grad():

@@ -213,7 +213,8 @@ def adam(
 ) -> torch.optim.Adam:
     """Fused Adam that can be captured, for groups of (parameters, peak of the learning rate); see `descend`.
 
-    loss_scale: what the loss is multiplied by for its backward, and the gradients are divided by in the update.
+    loss_scale: for float16: what losses are multiplied by at first, so that gradients of activations stay within its
+        range. It is halved when a gradient overflows, in whose place no step is taken, and doubled after a while.
     """
     device = groups[0][0][0].device
     optimizer = torch.optim.Adam(
@@ -222,17 +223,23 @@ def adam(
         fused=True,
         capturable=device.type == "cuda",
     )
-    if loss_scale != 1:
-        vars(optimizer)["grad_scale"] = torch.tensor(loss_scale, device=device)  # where torch.amp's GradScaler puts it
+    if loss_scale != 1:  # with a fused optimiser a scaler reads nothing on the host
+        scaler = torch.amp.GradScaler(device.type, init_scale=loss_scale, growth_interval=50)
+        vars(optimizer).update(scaler=scaler, fresh=scaler.state_dict())
     return optimizer
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, rate: Tensor) -> None:
     """Fresh gradients of the loss to all that takes part in it, and a step as of `update`."""
     optimizer.zero_grad(set_to_none=True)
-    scale = vars(optimizer).get("grad_scale")
-    (loss if scale is None else loss * scale).backward()
+    scaler = _scaler(optimizer)
+    (loss if scaler is None else scaler.scale(loss)).backward()
     update(optimizer, rate)
+
+
+def _scaler(optimizer: torch.optim.Optimizer) -> torch.amp.GradScaler | None:
+    found: torch.amp.GradScaler | None = vars(optimizer).get("scaler")
+    return found
 
 
 @torch.no_grad()
@@ -241,6 +248,9 @@ def forget(optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         for value in state.values():
             value.zero_()
+    scaler = _scaler(optimizer)
+    if scaler is not None:
+        scaler.load_state_dict(vars(optimizer)["fresh"])
 
 
 @torch.no_grad()
@@ -250,4 +260,9 @@ def update(optimizer: torch.optim.Optimizer, rate: Tensor) -> None:
         return
     for group in optimizer.param_groups:
         torch.mul(rate, group["peak"], out=group["lr"])
-    optimizer.step()
+    scaler = _scaler(optimizer)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()

@@ -69,7 +69,7 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
                           help="Where the latent is searched."),
     "target-psnr": click.option("--target-psnr", type=click.FloatRange(min=0, min_open=True), callback=finite,
                                 help="Stop the tweak at this PSNR in dB."),
-    "precision": click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True,
+    "precision": click.option("--precision", type=click.Choice(list(PRECISIONS)), default="tf32", show_default=True,
                               help="What the networks compute in; their weights stay float32."),
     "recompute": click.option("--recompute", is_flag=True, default=None,
                               help="For small cards: a third less memory, a third more time."),

@@ -55,7 +55,7 @@ class TweakSettings:
     r1_interval: int = 16
     saturating: bool = False
     tune_mapping: bool = False
-    precision: str = "fp32"
+    precision: str = "tf32"
     recompute: bool = False
     check_every: int = 5
 

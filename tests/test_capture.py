@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clone_fast import capture, draws
 from clone_fast import tweak as tweak_module
-from clone_fast.capture import EAGER_CALLS, Board, Captured, Table, adam, descend, update
+from clone_fast.capture import EAGER_CALLS, Board, Captured, Table, adam, descend, forget, update
 from clone_fast.errors import BackendError
 from clone_fast.latent import LatentSettings, optimise
 from clone_fast.nn import Network
@@ -155,6 +155,14 @@ def test_a_scaled_loss_takes_the_same_step() -> None:
             descend(optimizer, (p - 0.3).square().sum(), torch.ones([]))
     torch.testing.assert_close(mine, theirs)
     assert seen[0] == pytest.approx(1024 * 2 * (-1 - 0.3))
+    before = mine.detach().clone()
+    descend(scaled, (mine * torch.inf).sum(), torch.ones([]))  # no step, and half the scale
+    assert torch.equal(mine, before)
+    descend(scaled, mine.sum(), torch.ones([]))
+    assert seen[-1] == 512
+    forget(scaled)
+    descend(scaled, mine.sum(), torch.ones([]))
+    assert seen[-1] == 1024
 
 
 # ---- the two loops ---------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_the_clone_comes_nearer_in_bfloat16(mode: str, monkeypatch: pytest.Monke
 def test_float16_keeps_small_gradients() -> None:
     """Those of a mean over a million pixels are below its range, unless the loss is scaled."""
     net, found = tiny.network(), {}
-    for name, scale in (("fp32", 1.0), ("fp16", 1.0), ("fp16", None)):
+    for name, scale in (("fp32", 1.0), ("fp16", 1.0), ("fp16", None)):  # None: that of the precision
         with pytest.MonkeyPatch.context() as patch:
             if scale:
                 patch.setitem(PRECISIONS, name, replace(PRECISIONS[name], loss_scale=scale))
@@ -115,7 +115,7 @@ def test_float16_keeps_small_gradients() -> None:
     want = found["fp32", 1.0]
     apart = {scale: float((found["fp16", scale] - want).norm() / want.norm()) for scale in (1.0, None)}
     assert apart[1.0] > 0.1
-    assert apart[None] < 2e-3
+    assert apart[None] < 0.1 * apart[1.0]
 
 
 @pytest.mark.parametrize("changes", [{"mode": "recon"}, {"r1_interval": 2, "tune_mapping": True}], ids=str)

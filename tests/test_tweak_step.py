@@ -277,9 +277,9 @@ def test_r1_is_applied_on_its_interval_only(gamma: float, want: list[int], monke
     step = 0
     penalty = adversary.r1_penalty
 
-    def counted(judge: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
+    def counted(judge: Callable[[Tensor], Tensor], real: Tensor, *, scale: float) -> Tensor:
         at.append(step)
-        return penalty(judge, real)
+        return penalty(judge, real, scale=scale)
 
     monkeypatch.setattr(adversary, "r1_penalty", counted)
     for step in range(7):  # noqa: B007

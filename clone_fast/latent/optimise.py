@@ -50,7 +50,7 @@ class LatentSettings:
     exploration: float = 0.05
     start_samples: int = 512
     similarity: str = "laplacian"
-    precision: str = "fp32"
+    precision: str = "tf32"
     recompute: bool = False
     check_every: int = 5
 

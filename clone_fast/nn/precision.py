@@ -22,8 +22,8 @@ class Precision:
         dtype: of activations, and of the weights that convolutions read.
         allow_tf32: whether products of float32 may be rounded to TF32 (10 bits of mantissa) on a GPU. Not in bf16 and
             fp16: what is left in float32 there is left so to be exact, and is small.
-        loss_scale: what a loss is multiplied by before its backward, so that gradients of activations stay within the
-            range of the dtype (Micikevicius et al. 2018, section 3.2). The gradients of the tweak are below 1.
+        loss_scale: what losses are multiplied by at first, so that gradients of activations stay within the range of
+            the dtype (Micikevicius et al. 2018, section 3.2); 1 where that is wide enough.
     """
 
     name: str
@@ -58,7 +58,7 @@ PRECISIONS = {
     precision.name: precision
     for precision in (
         Precision("bf16", torch.bfloat16, False),
-        Precision("fp16", torch.float16, False, loss_scale=1024.0),
+        Precision("fp16", torch.float16, False, loss_scale=64.0),
         Precision("tf32", torch.float32, True),
         Precision("fp32", torch.float32, False),
     )
