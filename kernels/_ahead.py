@@ -5,7 +5,7 @@ more than two hundred, a minute and more. `compile_ahead` lets a function launch
 and hands that to processes of their own, which leave the results in Triton's cache on disk. The launches that follow
 find them there.
 
-    python -m clone_fast.kernels._ahead     # one of these processes: jobs on its standard input
+    python -m clone_fast.kernels._ahead 90 launchers     # one of these processes: jobs on its standard input
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def compile_ahead(run: Callable[[], None]) -> int:
         return 0
     began = time.perf_counter()
     command = [sys.executable, "-m", __name__, str(driver.active.get_current_target().arch)]
+    command += [] if isinstance(driver.active, Compiling) else ["launchers"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
     with ExitStack() as stack:
         started = []
@@ -135,11 +136,23 @@ def _processors() -> int:
     return ours // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
+def build_launcher(kernel: Any) -> None:
+    """Have the C compiler make what launches a kernel of this signature: up to Triton 3.6 a module of its own, which
+    takes about as long as the kernel. Later versions need none."""
+    from triton.backends.nvidia import driver as nvidia
+
+    if hasattr(nvidia, "make_launcher"):
+        nvidia.CudaLauncher(kernel.src, kernel.metadata)
+
+
 def main() -> None:
-    """Compile the jobs of standard input, a list in JSON, for the capability in the first argument."""
+    """Compile the jobs of standard input, a list in JSON, for the capability in the first argument; with a second one,
+    where there is a driver to link them with, their launchers, too."""
     driver.set_active(Compiling(int(sys.argv[1])))
     for job in [Job(*fields) for fields in json.load(sys.stdin)]:
-        getattr(importlib.import_module(job.module), job.name).preload(job.data)
+        kernel = getattr(importlib.import_module(job.module), job.name).preload(job.data)
+        if sys.argv[2:]:
+            build_launcher(kernel)
         Path(job.done).parent.mkdir(parents=True, exist_ok=True)
         Path(job.done).touch()
 
