@@ -16,8 +16,7 @@ import statistics
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,32 +38,18 @@ APART = "clone, real and fake apart"
 CURVE = 0.05  # how far two curves may be apart, relative, where two eager ones are nearer than a third of it
 
 
-@contextmanager
-def captures(allowed: bool) -> Iterator[None]:
+def captures(allowed: bool) -> AbstractContextManager[Any]:
     """With CLONE_FAST_CAPTURE set."""
-    before = os.environ.get("CLONE_FAST_CAPTURE")
-    os.environ["CLONE_FAST_CAPTURE"] = str(int(allowed))
-    try:
-        yield
-    finally:
-        os.environ.pop("CLONE_FAST_CAPTURE")
-        if before is not None:
-            os.environ["CLONE_FAST_CAPTURE"] = before
+    return mock.patch.dict(os.environ, CLONE_FAST_CAPTURE=str(int(allowed)))
 
 
-@contextmanager
-def apart_in_d(wanted: bool) -> Iterator[None]:
+def apart_in_d(wanted: bool) -> AbstractContextManager[Any]:
     """With D's real images and fakes in two forwards, as without this project's `Adversary.compare`."""
-    compare = Adversary.compare
-    if wanted:
-        Adversary.compare = lambda self, real, fake, label: (  # type: ignore[method-assign]
-            self._logits(real, label),
-            self._logits(fake, label),
-        )
-    try:
-        yield
-    finally:
-        Adversary.compare = compare  # type: ignore[method-assign]
+    if not wanted:
+        return nullcontext()
+    return mock.patch.object(
+        Adversary, "compare", lambda self, real, fake, label: (self.judge(real, label), self.judge(fake, label))
+    )
 
 
 def photo_of(generator: Generator, device: torch.device, seed: int = 5) -> Tensor:

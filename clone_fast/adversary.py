@@ -78,7 +78,7 @@ class Adversary:
         objective = loss
         if penalised:
             scale = self.precision.loss_scale
-            penalty = r1_penalty(lambda images: self._logits(images, label), real, scale=scale)
+            penalty = r1_penalty(lambda images: self.judge(images, label), real, scale=scale)
             objective = loss + penalty * (s.r1_gamma / 2 * s.r1_interval)
         descend(self.optimizer, objective, rate)
         self.discriminator.requires_grad_(False)
@@ -91,16 +91,13 @@ class Adversary:
         """
         arch = self.discriminator.arch
         if arch.mbstd_num_channels and (arch.mbstd_group_size is None or len(real) % arch.mbstd_group_size):
-            return self._logits(real, label), self._logits(fake, label)
+            return self.judge(real, label), self.judge(fake, label)
         both = torch.stack([real, fake], dim=1).flatten(0, 1)
-        logits = self._logits(both, None if label is None else label.repeat_interleave(2, dim=0))
+        logits = self.judge(both, None if label is None else label.repeat_interleave(2, dim=0))
         return logits[::2], logits[1::2]
 
     def judge(self, images: Tensor, label: Tensor | None) -> Tensor:
-        """Logits [N, 1] with a gradient to the images and none to D's weights, which want one in `update` alone."""
-        return self._logits(images, label)
-
-    def _logits(self, images: Tensor, label: Tensor | None) -> Tensor:
+        """Logits [N, 1]. D's weights want a gradient in `update` alone."""
         options = {"dtype": self.precision.dtype, "recompute": self.settings.recompute}
         logits: Tensor = self.discriminator(images, label, **options)
         return logits

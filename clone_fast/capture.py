@@ -27,7 +27,6 @@ from clone_fast.ops import compile_ahead
 EAGER_CALLS = 1
 ROWS = 1024  # of a table, at most: longer runs draw the next rows when these are used up
 
-
 _rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
 _rehearsed: set[Hashable] = set()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,18 +71,20 @@ def free_bytes(device: torch.device) -> int | None:
 def advice(arch: Architecture, settings: TweakSettings, free: int | None) -> str:
     """A line that names what should fit into so many bytes: half precision, recomputing, the largest batch, or mode
     recon."""
-    smaller = [replace(settings, batch=batch) for batch in range(settings.batch - 1, 1, -1)]
-    group = arch.mbstd_group_size or 1
-    allowed = [s for s in smaller if s.batch <= group or s.batch % group == 0] if settings.mode == "clone" else []
-    recon = replace(settings, mode="recon")
-    half = [replace(settings, precision="bf16")] if settings.precision in ("fp32", "tf32") else []
-    again = [] if settings.recompute else [replace(settings, recompute=True)]
-    for choice in (*half, *again, *allowed, *([recon] if settings.mode == "clone" else [])):
-        needed = iteration_bytes(arch, choice)
+    choices: list[dict[str, Any]] = []
+    if settings.precision in ("fp32", "tf32"):
+        choices.append({"precision": "bf16"})
+    if not settings.recompute:
+        choices.append({"recompute": True})
+    if settings.mode == "clone":
+        group = arch.mbstd_group_size or 1
+        smaller = (batch for batch in range(settings.batch - 1, 1, -1) if batch <= group or batch % group == 0)
+        choices += [*({"batch": batch} for batch in smaller), {"mode": "recon"}]
+    for choice in choices:
+        needed = iteration_bytes(arch, replace(settings, **choice))
         if free is None or needed <= SAFE * free:
-            name = "mode='recon'" if choice is recon else f"batch={choice.batch}"
-            name = "precision='bf16'" if choice in half else "recompute=True" if choice in again else name
-            return f"{name} should fit (about {gib(needed)} for an iteration)"
+            ((name, value),) = choice.items()
+            return f"{name}={value!r} should fit (about {gib(needed)} for an iteration)"
     return SMALLER
 
 

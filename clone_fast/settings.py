@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clone_fast.errors import SettingsError
-from clone_fast.nn import PRECISIONS
+from clone_fast.nn import Precision
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ class TweakSettings:
     def __post_init__(self) -> None:
         if self.mode not in ("clone", "recon"):
             raise SettingsError(f"mode must be clone or recon, got {self.mode!r}")
-        if self.precision not in PRECISIONS:
-            raise SettingsError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        Precision.named(self.precision)
         if self.steps < 1:
             raise SettingsError(f"steps must be >= 1, got {self.steps}")
         if not 0 < self.local_probability <= 1:

@@ -15,10 +15,10 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clone_fast.adversary import Adversary, usable
 from clone_fast.capture import Board, Captured, adam, descend, forget
@@ -112,9 +112,7 @@ class Tweak:
             real_without_clone=s.cohesion_weight > 0,
             inputs=s.tune_mapping,
         )
-        self.draws = Draws(
-            generator, wanted, rate=lambda i: ramp(i, s.steps, up=0.05, down=0.3), total=s.steps
-        )
+        self.draws = Draws(generator, wanted, rate=lambda i: ramp(i, s.steps, up=0.05, down=0.3), total=s.steps)
         self.board = Board(("loss", "psnr", "recon", "local", "global", "paired", "edit", "loss_d"), photo.device)
         self.names: dict[bool, tuple[str, ...]] = {}
         self.iterate = Captured(self._iterate, photo.device, ("tweak", generator.arch, s))
@@ -368,19 +366,15 @@ def tweak(
         raise DivergenceError("the tweak is not finite from the first step on; nothing was changed")
     if stopped:
         keeper.restore()
-    if spare is not None and stopped != "memory":
+    moved = Latent(latent.ws, {name: noise.detach().clone() for name, noise in work.maps.items()})
+    generator, judge = work.generator, None if work.adversary is None else work.adversary.discriminator
+    if spare is not None and stopped != "memory":  # the work keeps its own for the next photo
+        generator, judge = copy.deepcopy(generator), copy.deepcopy(judge)
         spare.append(work)
     else:
         work.release()
-    judge = discriminator if work.adversary is None else work.adversary.discriminator
-    moved = Latent(latent.ws, {name: noise.detach().clone() for name, noise in work.maps.items()})
-    return Tweaked(_finished(work.generator), _finished(judge), moved, record.rows, step, stopped or "steps")
-
-
-M = TypeVar("M", bound="nn.Module | None")
-
-
-def _finished(module: M) -> M:
-    """A copy to be given away."""
-    made = copy.deepcopy(module)
-    return made if made is None else made.eval().requires_grad_(False)
+    judge = judge or copy.deepcopy(discriminator)
+    for module in (generator, judge):
+        if module is not None:
+            module.eval().requires_grad_(False)
+    return Tweaked(generator, judge, moved, record.rows, step, stopped or "steps")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,43 @@ WRITTEN = {
     "generator.safetensors",
     "latent.safetensors",
 }
+# Options that every command with an inversion takes, and what `invert` gets of them.
+GIVEN = {
+    "--network": "n.pkl",
+    "--discriminator": "d.pkl",
+    "--steps": 7,
+    "--latent-steps": 8,
+    "--mode": "recon",
+    "--space": "w",
+    "--target-psnr": 33.5,
+    "--precision": "bf16",
+    "--real-images": "others",
+    "--resize": "pad",
+    "--device": "cpu",
+    "--seed": 9,
+    "--label": 3,
+}
+TAKEN = {
+    "network": Path("n.pkl"),
+    "discriminator": Path("d.pkl"),
+    "steps": 7,
+    "latent_steps": 8,
+    "mode": "recon",
+    "space": "w",
+    "target_psnr": 33.5,
+    "precision": "bf16",
+    "recompute": True,
+    "real_images": Path("others"),
+    "resize": "pad",
+    "device": "cpu",
+    "seed": 9,
+    "label": 3,
+}
+
+
+def arguments(options: dict[str, Any]) -> list[Any]:
+    """These options, and the one without a value."""
+    return ["--recompute", *(part for pair in options.items() for part in pair)]
 
 
 class World(NamedTuple):

@@ -19,7 +19,7 @@ from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity
 from clone_fast.memory import full
-from clone_fast.nn import PRECISIONS, Generator, Precision, frozen
+from clone_fast.nn import Generator, Precision, frozen
 from clone_fast.progress import Keeper, Progress, Record, quick_psnr, ramp
 from clone_fast.stepwise import Pause, Steps, stepwise
 
@@ -57,8 +57,7 @@ class LatentSettings:
     def __post_init__(self) -> None:
         if self.space not in ("w", "w+"):
             raise SettingsError(f"space must be w or w+, got {self.space!r}")
-        if self.precision not in PRECISIONS:
-            raise SettingsError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        Precision.named(self.precision)
         if self.steps < 0:
             raise SettingsError(f"the steps of the latent must be >= 0, got {self.steps}")
         for name in ("start_samples", "check_every"):

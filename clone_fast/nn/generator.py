@@ -238,7 +238,8 @@ class SynthesisNetwork(nn.Module):
         Args:
             ws: [N, num_ws, w_dim], or [N, 1, w_dim] where all layers take the same.
         """
-        affines = [layer.affine for _, layer in self._layers()]
+        layers = self._layers()
+        affines = [layer.affine for _, layer in layers]
         weight = torch.cat([affine.weight for affine in affines]).to(ws.dtype)
         bias = torch.cat([affine.bias for affine in affines]).to(ws.dtype)
         styles = F.linear(ws * affines[0].weight_gain, weight, bias)  # [N, num_ws, styles of all layers]
@@ -247,7 +248,7 @@ class SynthesisNetwork(nn.Module):
             styles = styles.gather(1, reads.expand(ws.shape[0], 1, -1))
         styles = styles[:, 0] * fan_in.to(styles.dtype).rsqrt()
         parts = styles.split([len(affine.weight) for affine in affines], dim=1)
-        return {name: part for (name, _), part in zip(self._layers(), parts, strict=True)}
+        return {name: part for (name, _), part in zip(layers, parts, strict=True)}
 
     def _noise(self, n: int, noise_mode: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The maps that n images take, by the name of the layer; those that are given go before the mode's."""

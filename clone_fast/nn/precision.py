@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from clone_fast.errors import SettingsError
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -36,10 +38,10 @@ class Precision:
         """The one of this name.
 
         Raises:
-            ValueError: there is none.
+            SettingsError: there is none.
         """
         if name not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
+            raise SettingsError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
         return PRECISIONS[name]
 
     @contextmanager
