@@ -14,7 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from inspect import GEN_CLOSED, getgeneratorstate, signature
 from typing import Any
 
@@ -67,7 +67,7 @@ def invert_each(
     signature(invert).bind(None, **options)  # an option that `invert` does not have is told now
     if at_once is not None and at_once < 1:
         raise SettingsError(f"at_once must be >= 1, got {at_once}")
-    asked = {name: options.get(name) for name in ("steps", "mode", "target_psnr", "precision", "recompute")}
+    asked = {field.name: options.get(field.name) for field in fields(TweakSettings)}
     settings = override(options.get("tweak_settings") or TweakSettings(), **asked)
     device = choose_device(options.get("device"))
     opened = open_network(network, options.pop("discriminator", None), device)
