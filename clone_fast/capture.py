@@ -14,7 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +45,27 @@ def _rehearsal() -> Iterator[None]:
         yield
     finally:
         _rehearsing.reset(token)
+
+
+def alike(settings: Any) -> Any:
+    """What stands for all settings whose iterations launch the same kernels: how many there are does not matter."""
+    return replace(settings, steps=min(settings.steps, 1), check_every=1)
+
+
+def rehearse(device: torch.device, kind: Hashable, run: Callable[[], None]) -> None:
+    """Before the first of a kind: have the kernels that `run` launches on this device compiled side by side.
+
+    `run` is called, and what it computes is of no worth: `update`, `Table.advance` and what else asks `rehearsing` do
+    nothing. A rehearsal within another one is a part of it.
+    """
+    if (device, kind) in _rehearsed:
+        return
+    if rehearsing():
+        run()
+    else:
+        with _rehearsal():
+            compile_ahead(run, device)
+    _rehearsed.add((device, kind))
 
 
 class CudaGraphs:
@@ -100,8 +123,7 @@ class Captured:
     records it, which executes nothing, and from then on the graph is replayed. Where recording fails, all calls are
     eager from then on, with one warning; CLONE_FAST_STRICT=1 makes that an error.
 
-    Before the first of a variant there is a rehearsal, that the kernels may be compiled side by side: the function is
-    called, numbers are of no worth, and `update`, `Table.advance` and what else asks `rehearsing` do nothing.
+    Before the first of a variant there is a rehearsal, see `rehearse`.
 
     Args:
         function: takes a variant's values, and works on tensors that stay where they are. It must set the gradients it
@@ -118,11 +140,7 @@ class Captured:
 
     def __call__(self, *variant: Hashable) -> None:
         run = partial(self.function, *variant)
-        rehearsal = self.device, self.kind, variant
-        if rehearsal not in _rehearsed:
-            with _rehearsal():
-                compile_ahead(partial(self._eagerly, run), self.device)
-            _rehearsed.add(rehearsal)
+        self.rehearse(*variant)
         if self.graphs is not None and variant not in self.replays and self.calls[variant] >= EAGER_CALLS:
             self._record(variant, run)
         self.calls[variant] += 1
@@ -130,6 +148,11 @@ class Captured:
             self.replays[variant]()
         else:
             self._eagerly(run)
+
+    def rehearse(self, *variant: Hashable) -> None:
+        """What comes before the first call of a variant, for those who know it earlier."""
+        run = partial(self.function, *variant)
+        rehearse(self.device, (self.kind, variant), partial(self._eagerly, run))
 
     def release(self) -> None:
         """Let go of the graphs and of their memory; later calls are eager."""

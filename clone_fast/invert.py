@@ -25,6 +25,7 @@ from clone_fast.nn import Generator, Network
 from clone_fast.photo import load_photo
 from clone_fast.photo import real_images as load_real_images
 from clone_fast.progress import Progress
+from clone_fast.rehearsal import rehearse_inversion
 from clone_fast.stepwise import Steps, drain, stepwise
 from clone_fast.tweak import Tweak, TweakSettings, tweak, usable
 
@@ -128,6 +129,8 @@ def invert(
             judge = usable(require_discriminator(opened.network, opened.name), generator, settings, labels, others)
         target = load_photo(photo, generator.img_resolution, resize=resize, crop=crop).to(where)
         start = _start(latent, generator, where)
+        given: dict[str, Any] = {"real_images": others, "label": labels, "similarity": similarity}
+        rehearse_inversion(generator, judge, target, search, settings, start=start, **given)
     with _clock(seconds, "latent", where):
         found = yield from optimise.steps(
             generator, target, search, start=start, seed=seed, progress=progress, spare=opened.searches
@@ -139,9 +142,7 @@ def invert(
             found.latent,
             target,
             settings,
-            real_images=others,
-            label=labels,
-            similarity=similarity,
+            **given,
             seed=seed,
             progress=progress,
             interrupted=found.interrupted,

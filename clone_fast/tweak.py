@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from clone_fast.adversary import Adversary, usable
-from clone_fast.capture import Board, Captured, adam, descend, forget
+from clone_fast.capture import Board, Captured, adam, alike, descend, forget
 from clone_fast.draws import Draws, Wanted
 from clone_fast.errors import DivergenceError, MemoryLimitError
 from clone_fast.latent import Latent
@@ -115,7 +115,7 @@ class Tweak:
         self.draws = Draws(generator, wanted, rate=lambda i: ramp(i, s.steps, up=0.05, down=0.3), total=s.steps)
         self.board = Board(("loss", "psnr", "recon", "local", "global", "paired", "edit", "loss_d"), photo.device)
         self.names: dict[bool, tuple[str, ...]] = {}
-        self.iterate = Captured(self._iterate, photo.device, ("tweak", generator.arch, s))
+        self.iterate = Captured(self._iterate, photo.device, ("tweak", generator.arch, alike(s)))
         self.restart(latent, photo, seed=seed)
 
     @torch.no_grad()

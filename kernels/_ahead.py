@@ -34,7 +34,7 @@ from triton.runtime.driver import driver
 log = logging.getLogger("clone_fast")
 
 PACKAGE = "clone_fast.kernels."
-MOST_PROCESSES = 16
+MOST_PROCESSES = 32
 FEW = 8  # kernels: the process that wants them compiles these before others have started
 SHARE = 4  # kernels, for which a process more is worth its start
 

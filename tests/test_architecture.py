@@ -64,6 +64,7 @@ HOUSE = (
     ),
     Layer("adversary", imports="losses nn capture settings"),
     Layer("tweak", imports="losses nn progress settings memory capture draws latent adversary stepwise"),
+    Layer("rehearsal", imports="nn settings capture latent tweak"),
     Layer("edit", imports="nn checkpoints files", packages="torch numpy safetensors"),
     Layer("demo", imports="nn ops losses checkpoints photo metrics files", packages=ANY),
     Layer(
@@ -73,7 +74,7 @@ HOUSE = (
     ),
     Layer(
         "invert",
-        imports="inversion latent tweak losses progress photo metrics edit checkpoints nn files stepwise",
+        imports="inversion rehearsal latent tweak losses progress photo metrics edit checkpoints nn files stepwise",
         lazily="demo",
         packages="torch tqdm safetensors",
     ),

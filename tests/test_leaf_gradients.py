@@ -213,6 +213,39 @@ def test_modulated_conv2d_twice(up: int, down: int) -> None:
 
 
 @pytest.mark.usefixtures("on_leaf")
+@pytest.mark.parametrize(("up", "down"), RESAMPLING)
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("names", [["x", "weight", "bias"], ["x", "weight"], ["x"], ["weight"]], ids="-".join)
+def test_the_second_derivative_of_a_discriminator_s_layers_takes_the_leaf(
+    up: int, down: int, k: int, whole: bool, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any) -> Any:
+        raise AssertionError("a convolution went to the composite")
+
+    monkeypatch.setattr(dispatch, "leaf", lambda op, name: Leaf(steps(op, whole=whole)))
+    monkeypatch.setattr(sys.modules["clone_fast.ops.modulated_conv2d"], "composite_gradients", never)
+    args = tensors(up, down, k, own_weights=k == 1)
+    f = setup_filter([1, 2, 4, 1, 3]).double()
+    rest = {name: args[name].detach() for name in ("x", "weight", "bias") if name not in names}
+    options: dict[str, Any] = {"up": up, "down": down, "resample_filter": f, "act": "lrelu", "clamp": 2.0}
+    run = function(names, **rest, **options, demodulate=False)
+    assert gradgradcheck(run, tuple(args[name] for name in names))
+
+
+@pytest.mark.usefixtures("on_leaf")
+def test_modulated_conv2d_third_derivative() -> None:
+    args = tensors(1, 1, 1, n=1)
+    x, weight = args["x"], args["weight"]
+
+    def slopes(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        y = modulated_conv2d(x, weight, None, demodulate=False)
+        return torch.autograd.grad(y.pow(3).sum(), (x, weight), create_graph=True)
+
+    assert gradgradcheck(slopes, (x, weight))
+
+
+@pytest.mark.usefixtures("on_leaf")
 @pytest.mark.parametrize("shape", [[4, 6], [1, 1, 4, 6], [2, 1, 4, 6]], ids=str)
 def test_modulated_conv2d_forms_of_noise(shape: list[int]) -> None:
     args = tensors(1, 1, 1) | {"noise": double(*shape).requires_grad_()}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clone_fast.capture import ROWS, Board, Captured, Table, adam, descend, forget, rehearsing
+from clone_fast.capture import ROWS, Board, Captured, Table, adam, alike, descend, forget, rehearsing
 from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity
@@ -160,7 +160,7 @@ class Search:
         self.taken, self.size = 0, min(settings.steps, ROWS)
         self.table = Table({}, photo.device)
         self.board = Board(("loss", "psnr"), photo.device)
-        self.iterate = Captured(self._iterate, photo.device, ("latent", generator.arch, settings))
+        self.iterate = Captured(self._iterate, photo.device, ("latent", generator.arch, alike(settings)))
         self.restart(photo, start=start, seed=seed)
 
     @torch.no_grad()

@@ -72,12 +72,15 @@ def _second_gradients(recorded: Recorded, grads: list[Tensor], wanted: list[int]
     """Of (dx, db) to dy, x and b. They are linear in dy: what comes to dx goes to dy by the same slopes."""
     *args, want_db = recorded.args
     _, x, b, dim, act = args[:5]
+    v, to_db = grads[0], grads[1] if want_db else None
     if torch.is_grad_enabled():  # a third derivative: rare, by PyTorch's own autograd
-        outputs = 2 if want_db else 1
-        return composite_gradients(lambda *a: _reference_backward(*a)[:outputs], args, wanted, grads[:outputs])
-    v = grads[0]
-    if want_db:
-        v = v + grads[1].reshape([-1 if i == dim else 1 for i in range(x.ndim)])
+        used = [i for i, grad in enumerate((v, to_db)) if grad is not None]
+        return composite_gradients(
+            lambda *a: [_reference_backward(*a)[i] for i in used], args, wanted, [grads[i] for i in used]
+        )
+    if to_db is not None:
+        spread = to_db.reshape([-1 if i == dim else 1 for i in range(x.ndim)])
+        v = spread.expand_as(x).contiguous() if v is None else v + spread
     found: dict[int, Tensor | None] = {}
     if 0 in wanted:
         found[0] = _backward_op(v, *args[1:], False, recorded.backend)[0]

@@ -1,19 +1,28 @@
-"""The first derivative of modulated_conv2d on finished weights, from the steps that the leaves offer.
+"""The derivatives of modulated_conv2d on finished weights: the first from the steps that the leaves offer.
 
 g = dy * gain * slope, and its sums to bias and noise      one pass over dy and y
 plain: dx = conv of g with the transposed weight; dw = correlation of x and g
 up:    h = adjoint FIR of g; dx = conv of h with stride 2; dw = correlation of h and x
 down:  dx = adjoint FIR of (transposed conv of g); dw = correlation of FIR(x) and g
+
+The second is made of the op and of the first, since dx and dw are linear in g, and in weight or in x: of v, which comes
+to dx, and u, which comes to dw,
+
+to g:      conv of v with the weight + conv of x with u
+to weight: correlation of v and g
+to x:      what dx is, with u for the weight
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from clone_fast.ops.dispatch import launch_step
+from clone_fast.ops.registration import Recorded, like
 from clone_fast.ops.streams import beside
 from clone_fast.ops.upfirdn2d import adjoint
 from clone_fast.reference.modulated_conv2d import downsampling_padding, upsampling_padding
@@ -45,7 +54,10 @@ def convolution_gradients(
     def step(name: str, *args: Any) -> Any:
         return launch_step("modulated_conv2d", name, backend, *args)
 
-    g, *sums = step("act_backward", dy, y, noise, noise_strength, act, gain, clamp, *want_sums)
+    if (act, gain, clamp, any(want_sums)) == ("linear", 1.0, None, False) and dy.stride() == y.stride():
+        g, sums = dy, [None] * 3
+    else:
+        g, *sums = step("act_backward", dy, y, noise, noise_strength, act, gain, clamp, *want_sums)
     dx = dw = None
     if up == 1 and down == 1:
         k = weight.shape[-1]
@@ -105,3 +117,43 @@ def _down_gradients(
         lambda: input_gradient() if want_dx else None,
     )
     return dx, dw
+
+
+def second_gradients(
+    op: Callable[..., Tensor],
+    first: Callable[..., tuple[Tensor, ...]],
+    recorded: Recorded,
+    v: Tensor | None,
+    u: Tensor | None,
+    to_bias: Tensor | None,
+    wanted: list[int],
+) -> dict[int, Tensor | None]:
+    """Gradients of the first derivative's results to its arguments (dy, y, x, weight, ...), by position.
+
+    Args:
+        op, first: modulated_conv2d on finished weights, and its first derivative.
+        recorded: of the first derivative.
+        v, u, to_bias: what comes to dx, to dw and to the bias' sums; None for nothing.
+    """
+    dy, y, x, weight, _, _, _, f, up, down, act, gain, clamp, _ = recorded.args
+    linear = (None, None, None, f, up, down, "linear", 1.0, None)
+    v, u = (None if one is None else like(one, of) for one, of in ((v, x), (u, weight)))
+
+    def sloped(value: Tensor) -> Tensor:
+        """value * gain * slope."""
+        args = (value, y, None, None, act, gain, clamp, False, False, False)
+        result: Tensor = launch_step("modulated_conv2d", "act_backward", recorded.backend, *args)[0]
+        return result
+
+    found: dict[int, Tensor | None] = dict.fromkeys(wanted)
+    if 0 in wanted:
+        parts = [op(one, by, *linear, recorded.backend) for one, by in ((v, weight), (x, u)) if one is not None and by is not None]
+        if to_bias is not None:
+            parts.append(to_bias.to(y.dtype)[:, None, None].expand_as(y))
+        found[0] = sloped(like(sum(parts[1:], parts[0]), y)) if parts else None
+    g = sloped(dy) if (v is not None and 3 in wanted) or (u is not None and 2 in wanted) else None
+    if g is not None and u is not None and 2 in wanted:
+        found[2] = first(g, y, x, u, *linear, [True, False, False, False, False], recorded.backend)[0]
+    if g is not None and v is not None and 3 in wanted:
+        found[3] = first(g, y, v, weight, *linear, [False, True, False, False, False], recorded.backend)[1]
+    return found

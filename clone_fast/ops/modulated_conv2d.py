@@ -22,13 +22,14 @@ from clone_fast.ops.checks import (
     check_tensor,
     describe,
 )
-from clone_fast.ops.convolution_gradients import convolution_gradients
+from clone_fast.ops.convolution_gradients import convolution_gradients, second_gradients
 from clone_fast.ops.dispatch import is_whole, launch_step, resolve, step_backend
 from clone_fast.ops.registration import (
     Recorded,
     as_result,
     composite_gradients,
     empty_result,
+    like,
     register,
     without_autocast,
 )
@@ -123,17 +124,7 @@ def _run_backward(backend: str, dy: Tensor, y: Tensor, *args: Any) -> tuple[Tens
     """Gradients to x, weight, noise, noise_strength and bias; an empty tensor where none is wanted."""
     *inputs, wanted = args
     found = convolution_gradients(backend, dy, y, *args)
-    return tuple(_like(found[i], inputs[i]) if wanted[i] else dy.new_empty([0]) for i in range(5))
-
-
-def _like(grad: Tensor | None, value: Tensor) -> Tensor:
-    """A gradient in the dtype and the memory order of what it is of."""
-    out = torch.empty_like(value)
-    if grad is None:
-        return out.zero_()
-    strides = zip(grad.stride(), out.stride(), grad.shape, strict=True)
-    same = grad.dtype == out.dtype and all(one == other for one, other, size in strides if size > 1)
-    return grad if same else out.copy_(grad)
+    return tuple(like(found[i], inputs[i]) if wanted[i] else dy.new_empty([0]) for i in range(5))
 
 
 def _fake_backward(dy: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -142,10 +133,27 @@ def _fake_backward(dy: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _gradients(recorded: Recorded, grads: list[Tensor], wanted: list[int]) -> Sequence[Tensor | None]:
-    """By kernels of its own; where it shall be differentiable again, by a composite of differentiable ops."""
-    if torch.is_grad_enabled() or recorded.backend == "reference":
+    if recorded.backend == "reference":
         return composite_gradients(_reference, recorded.args, wanted, grads[0])
     found = _backward_op(grads[0], *recorded.results, *recorded.args, [i in wanted for i in range(5)], recorded.backend)
+    return [found[i] for i in wanted]
+
+
+def _first_derivative(dy: Tensor, y: Tensor, *args: Any) -> list[Tensor | None]:
+    """What the op below computes, differentiable again where grad mode is on."""
+    *inputs, wanted = args
+    positions = [i for i in range(5) if wanted[i]]
+    found = dict(zip(positions, composite_gradients(_reference, inputs, positions, dy), strict=True))
+    return [found.get(i) for i in range(5)]
+
+
+def _second_gradients(recorded: Recorded, grads: list[Any], wanted: list[int]) -> Sequence[Tensor | None]:
+    if torch.is_grad_enabled() or grads[2] is not None or grads[3] is not None:  # rare: by PyTorch's own autograd
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        return composite_gradients(
+            lambda *a: [_first_derivative(*a)[i] for i in used], recorded.args, wanted, [grads[i] for i in used]
+        )
+    found = second_gradients(_op, _backward_op, recorded, *grads[:2], grads[4], wanted)
     return [found[i] for i in wanted]
 
 
@@ -163,6 +171,8 @@ _backward_op = register(
     f"(Tensor dy, Tensor y, {_CONV}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     run=_run_backward,
     fake=_fake_backward,
+    gradients=_second_gradients,
+    differentiable=[0, 2, 3, 4, 5],  # not y: what the backward takes from it are slopes, constant but for their kinks
 )
 
 
@@ -193,7 +203,7 @@ def _run_weights_backward(
     backend: str, dw: Tensor, weight: Tensor, styles: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     dweight, dstyles = launch_step("modulated_conv2d", "modulate_backward", backend, dw, weight, styles, *options)
-    return _like(dweight, weight), dw.new_empty([0]) if styles is None else _like(dstyles, styles)
+    return like(dweight, weight), dw.new_empty([0]) if styles is None else like(dstyles, styles)
 
 
 def _weights_gradients(recorded: Recorded, grads: list[Tensor], wanted: list[int]) -> Sequence[Tensor | None]:

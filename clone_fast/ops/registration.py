@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from clone_fast.reference.convolution import fast_double_backward
 
 LIBRARY = torch.library.Library("clone_fast", "DEF")
 
@@ -56,6 +59,16 @@ def as_result(y: Tensor, x: Tensor) -> Tensor:
     return y.contiguous(memory_format=layout_of(x)) if y.ndim == x.ndim else y
 
 
+def like(grad: Tensor | None, value: Tensor) -> Tensor:
+    """A gradient in the dtype and the memory order of what it is of."""
+    out = torch.empty_like(value)
+    if grad is None:
+        return out.zero_()
+    strides = zip(grad.stride(), out.stride(), grad.shape, strict=True)
+    same = grad.dtype == out.dtype and all(one == other for one, other, size in strides if size > 1)
+    return grad if same else out.copy_(grad)
+
+
 def composite_gradients(
     function: Callable[..., Any], args: Sequence[Any], wanted: Sequence[int], grads: Tensor | Sequence[Tensor]
 ) -> list[Tensor | None]:
@@ -65,7 +78,8 @@ def composite_gradients(
     would be counted twice.
     """
     differentiable_again = torch.is_grad_enabled()
-    with torch.enable_grad():
+    # Here and not only around the forward: on a GPU the backward has a thread of its own, where no context reaches.
+    with torch.enable_grad(), fast_double_backward() if differentiable_again else nullcontext():
         aliased = list(args)
         for i in wanted:
             aliased[i] = args[i].view_as(args[i]) if args[i].requires_grad else args[i].detach().requires_grad_()
@@ -94,7 +108,7 @@ class Recorded:
     backend: str
 
 
-Gradients = Callable[[Recorded, list[Tensor], list[int]], Sequence["Tensor | None"]]
+Gradients = Callable[[Recorded, list[Any], list[int]], Sequence["Tensor | None"]]
 
 
 def register(
@@ -115,8 +129,9 @@ def register(
         schema: arguments and results without the backend, e.g. "(Tensor x, Tensor f, int[] up) -> Tensor".
         run: (backend, *args) -> results, new tensors; called with autocast off and x's device current.
         fake: (*args) -> empty results.
-        gradients: (recorded, gradients of the results, positions wanted) -> a gradient or None for each position. With
-            grad mode on, what it returns must be differentiable again, or it must raise. None: no gradient.
+        gradients: (recorded, gradients of the results, positions wanted) -> a gradient or None for each position. Of
+            several results some may have none. With grad mode on, what it returns must be differentiable again, or it
+            must raise. None: no gradient.
         differentiable: positions of the tensor arguments that may want a gradient.
         dropped: positions of tensor arguments whose values the gradients do not need.
         keep_results: whether the gradients need the results.
@@ -147,14 +162,17 @@ def register(
             else:
                 ctx.args.append((value,))
         ctx.save_for_backward(*kept)
+        ctx.set_materialize_grads(False)  # what no one used costs nothing
 
     @without_autocast
-    def evaluate(_: Tensor, recorded: Recorded, grads: list[Tensor], wanted: list[int]) -> Sequence[Tensor | None]:
+    def evaluate(
+        _: Tensor, recorded: Recorded, grads: list[Tensor | None], wanted: list[int]
+    ) -> Sequence[Tensor | None]:
         if gradients is None:
             raise NotImplementedError(f"clone_fast::{name} has no gradient")
         return gradients(recorded, grads, wanted)
 
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors
         *args, backend = (
             kept[value] if isinstance(value, int) else value[0] if isinstance(value, tuple) else value
@@ -163,8 +181,10 @@ def register(
         recorded = Recorded(tuple(args), tuple(kept[: ctx.results]), backend)
         wanted = [i for i in differentiable if ctx.needs_input_grad[i]]
         found: list[Tensor | None] = [None] * (len(args) + 1)
-        for i, grad in zip(wanted, evaluate(grads[0], recorded, list(grads), wanted), strict=True):
-            found[i] = grad
+        some = next((grad for grad in grads if grad is not None), None)
+        if some is not None:
+            for i, grad in zip(wanted, evaluate(some, recorded, list(grads), wanted), strict=True):
+                found[i] = grad
         return tuple(found)
 
     for key in ("CPU", "CUDA"):

@@ -1,0 +1,67 @@
+"""All that an inversion launches on a GPU, compiled side by side before its first step."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clone_fast.capture import alike, rehearse
+from clone_fast.latent import Latent, LatentSettings, Search
+from clone_fast.nn import Discriminator, Generator, frozen
+from clone_fast.settings import TweakSettings
+from clone_fast.tweak import Tweak
+
+MEASURED = (1, 8)  # images that the metrics draw at once
+
+
+def rehearse_inversion(
+    generator: Generator,
+    discriminator: Discriminator | None,
+    photo: Tensor,
+    search: LatentSettings,
+    settings: TweakSettings,
+    *,
+    start: Latent | None,
+    **others: Any,
+) -> None:
+    """Once for a network and settings: one start of the compilers for search, tweak and metrics, not one for each.
+
+    Args:
+        generator, discriminator, photo, search, settings, start: what the stages get.
+        others: further arguments of `Tweak`.
+    """
+    device = photo.device
+
+    def run() -> None:
+        ws = generator.mapping.w_avg.expand(1, generator.num_ws, -1)
+        # what does not fit into the memory is told by the stage itself
+        if search.steps:
+            with suppress(torch.OutOfMemoryError), frozen(generator):
+                seek = Search(generator, photo, search, start=start, seed=0)
+                with seek.precision.active():
+                    seek.iterate.rehearse()
+        if settings.steps:
+            with suppress(torch.OutOfMemoryError):
+                work = Tweak(generator, discriminator, Latent(ws.clone()), photo, settings, **others)
+                with work.precision.active():
+                    for variant in variants(settings):
+                        work.iterate.rehearse(*variant)
+        with suppress(torch.OutOfMemoryError), torch.no_grad():
+            for n in MEASURED:
+                images = generator.synthesis(ws.repeat(n, 1, 1))
+                if discriminator is not None:
+                    discriminator.features(images, per_image=True)
+
+    rehearse(device, ("invert", generator.arch, alike(search), alike(settings)), run)
+
+
+def variants(settings: TweakSettings) -> list[tuple[bool, bool]]:
+    """(with the local term, with R1) of a tweak's iterations, in the order in which they may come."""
+    found = []
+    for local in (True, False) if settings.cohesive and settings.local_probability < 1 else (True,):
+        turn = settings.adversarial and (local or settings.cohesion_weight > 0)
+        found += [(local, penalised) for penalised in ((True, False) if turn and settings.r1_gamma > 0 else (False,))]
+    return found
