@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clone_fast.ops.dispatch import launch_step
+from clone_fast.ops.dispatch import is_whole, launch_step
 from clone_fast.ops.registration import Recorded, like
 from clone_fast.ops.streams import beside
 from clone_fast.ops.upfirdn2d import adjoint
@@ -102,6 +102,12 @@ def _down_gradients(
     padding = downsampling_padding(f, k)
 
     def input_gradient() -> Tensor:
+        size = [2 * (n - 1) + k for n in g.shape[2:]]  # of the transposed convolution
+        if k > 1 and adjoint(x.shape[2:], size, f, ONE, down, padding)[2] == upsampling_padding(f, k):
+            # a transposed convolution and its filter are `up`, whose filter has a gain of 4
+            args = (g, weight.transpose(-3, -4), None, None, None, f.flip(*range(f.ndim)), 2, 1, "linear", 0.25, None)
+            if is_whole("modulated_conv2d", backend, *args):
+                return step("", *args)
         filtered = step("conv", g, weight.transpose(-3, -4), stride, 0, True)
         return _fir(backend, filtered, f, *adjoint(x.shape[2:], filtered.shape[2:], f, ONE, down, padding), True, 1.0)
 

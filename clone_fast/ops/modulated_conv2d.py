@@ -33,6 +33,7 @@ from clone_fast.ops.registration import (
     register,
     without_autocast,
 )
+from clone_fast.ops.streams import beside
 from clone_fast.reference import modulated_conv2d as spec
 from clone_fast.reference.bias_act import ACTIVATIONS, activation_defaults
 
@@ -239,8 +240,12 @@ def _modulated_weights(weight: Tensor, styles: Tensor | None, x: Tensor, *option
     in_order = backend == "reference" or weight.ndim == 5 or weight.shape[-1] == 1 or x.dtype.itemsize != 2
     if styles is None and in_order:
         return weight
-    made: Tensor = _weights_op(weight, styles, *options, x.dtype, backend)
-    return made
+    # beside, for the sake of its gradient, for which the layers before this one need not wait
+    made, _ = beside(
+        x.device, "weights", lambda: _weights_op(weight, styles, *options, x.dtype, backend), lambda: None
+    )
+    done: Tensor = made
+    return done
 
 
 @without_autocast
