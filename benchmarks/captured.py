@@ -47,9 +47,11 @@ def apart_in_d(wanted: bool) -> AbstractContextManager[Any]:
     """With D's real images and fakes in two forwards, as without this project's `Adversary.compare`."""
     if not wanted:
         return nullcontext()
-    return mock.patch.object(
-        Adversary, "compare", lambda self, real, fake, label: (self.judge(real, label), self.judge(fake, label))
-    )
+
+    def compare(self: Adversary, real: Tensor, fake: Tensor, label: Tensor | None, watch: Any = None) -> Any:
+        return self.judge(real, label), self.judge(fake, label, watch)
+
+    return mock.patch.object(Adversary, "compare", compare)
 
 
 def photo_of(generator: Generator, device: torch.device, seed: int = 5) -> Tensor:

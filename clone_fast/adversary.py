@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clone_fast.capture import adam, descend, forget
+from clone_fast.descent import Descent
 from clone_fast.errors import SettingsError
-from clone_fast.losses import discriminator_adversarial, r1_penalty
+from clone_fast.losses import discriminator_adversarial, generator_adversarial, r1_penalty
 from clone_fast.nn import Discriminator, Generator, Precision
 from clone_fast.settings import TweakSettings
 
@@ -32,6 +34,27 @@ def usable(
     return discriminator
 
 
+def nearest_factor(x: Tensor, y: Tensor) -> Tensor:
+    """[N, 1, 1, 1], of every sample of x [N, C, H, W] the factor that brings it nearest to that of y; 0 of zeros."""
+    a, b = x.flatten(1).double(), y.flatten(1).double()  # the squares of small gradients are below float32's range
+    factor = (a * b).sum(dim=1) / a.square().sum(dim=1).clamp_min(torch.finfo(a.dtype).tiny)
+    return factor[:, None, None, None]
+
+
+class _Known(torch.autograd.Function):
+    """A loss of images that is known, and its gradient as well."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return slopes[0] * gradient, None, None
+
+
 class Adversary:
     """D with its side of the game. A batch's first image is the clone, or the photo, where the local term joins.
 
@@ -43,16 +66,17 @@ class Adversary:
         self.original, self.settings = discriminator, settings
         self.discriminator = copy.deepcopy(discriminator).train().requires_grad_(False)
         self.precision = Precision.named(settings.precision)
+        self.one_pass = settings.one_pass and self.precision.loss_scale == 1  # else D's gradients may be infinite
         self.turns = 0
         groups: list[tuple[list[Tensor], float]] = [
             (list(self.discriminator.parameters()), settings.discriminator_lr)
         ]
-        self.optimizer = adam(groups, betas=(0.0, 0.99), loss_scale=self.precision.loss_scale)
+        self.descent = Descent(groups, betas=(0.0, 0.99), loss_scale=self.precision.loss_scale)
 
     def restart(self) -> None:
         """Begin anew from the original, in the memory that is there."""
         self.discriminator.load_state_dict(self.original.state_dict())
-        forget(self.optimizer)
+        self.descent.restart()
         self.turns = 0
 
     def take_turn(self) -> bool:
@@ -60,16 +84,30 @@ class Adversary:
         self.turns += 1
         return self.settings.r1_gamma > 0 and (self.turns - 1) % self.settings.r1_interval == 0
 
-    def update(
-        self, real: Tensor, fake: Tensor, label: Tensor | None, local: bool, rate: Tensor, penalised: bool
-    ) -> Tensor:
-        """One step of D on max 1_p[lambda L_adv_local] + L_global, with R1 if penalised. Returns what it minimises.
+    def turn(
+        self, real: Tensor, images: Tensor, label: Tensor | None, local: bool, rate: Tensor, penalised: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step of D on max 1_p[lambda L_adv_local] + L_global, with R1 if penalised.
 
-        rate: [], factor of the learning rate, on the device.
+        In one pass, G's terms are those of D before the step (Shen et al. 2021, "Training GANs in One Stage"). Below
+        the minibatch standard deviation an image is on its own, and what D's backward brings to it is linear in what
+        enters there: were the gradients of both players parallel there, one factor per image would make G's of D's.
+        They are, but for what passes through the deviation of a group, and in the saturating form with that. So G's
+        gradient is D's, times the factor that is best there: its projection, never longer nor pointing away. None
+        where D's is 0 in float32, for logits below about -100.
+
+        Args:
+            images: of G, whose graph the terms lead to.
+            rate: [], factor of the learning rate, on the device.
+
+        Returns:
+            What D minimises, and G's terms by name.
         """
         s = self.settings
         self.discriminator.requires_grad_(True)
-        real_logits, fake_logits = self.compare(real, fake, label)
+        fake = images.detach().requires_grad_(self.one_pass)
+        below: list[Tensor] = []
+        real_logits, fake_logits = self.compare(real, fake, label, below.append if self.one_pass else None)
         loss = real.new_zeros([])
         if local and s.adversarial_weight > 0:
             loss = loss + s.adversarial_weight * discriminator_adversarial(real_logits[:1], fake_logits[:1])
@@ -80,24 +118,51 @@ class Adversary:
             scale = self.precision.loss_scale
             penalty = r1_penalty(lambda images: self.judge(images, label), real, scale=scale)
             objective = loss + penalty * (s.r1_gamma / 2 * s.r1_interval)
-        descend(self.optimizer, objective, rate)
+        if not self.one_pass:
+            self.descent.step(objective, rate)
+            self.discriminator.requires_grad_(False)
+            return loss.detach(), self._terms(self.judge(images, label), local)
+        terms = self._terms(fake_logits, local)
+        (features,) = below
+        (wanted,) = torch.autograd.grad(torch.stack(list(terms.values())).sum(), features, retain_graph=True)
+        features.retain_grad()
+        self.descent.step(objective, rate)
         self.discriminator.requires_grad_(False)
-        return loss.detach()
+        assert features.grad is not None  # for the type checker
+        assert fake.grad is not None  # for the type checker
+        mine, theirs = (g.unflatten(0, [len(fake), -1])[:, -1] for g in (features.grad, wanted))  # a fake ends its pair
+        pull = fake.grad * nearest_factor(mine, theirs).to(fake.dtype)
+        terms = {name: term.detach() for name, term in terms.items()}
+        name = next(iter(terms))
+        return loss.detach(), terms | {name: _Known.apply(images, terms[name], pull)}  # the gradient of all, at one
 
-    def compare(self, real: Tensor, fake: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits [N, 1] of both, in one forward where that leaves D's groups as they are.
+    def _terms(self, logits: Tensor, local: bool) -> dict[str, Tensor]:
+        """What G minimises, of the logits of its images."""
+        s, terms = self.settings, dict[str, Tensor]()
+        if local and s.adversarial_weight > 0:
+            terms["local"] = s.adversarial_weight * generator_adversarial(logits[:1], saturating=s.saturating)
+        if s.cohesion_weight > 0:
+            terms["global"] = s.cohesion_weight * generator_adversarial(logits[local:], saturating=s.saturating)
+        return terms
+
+    def compare(
+        self, real: Tensor, fake: Tensor, label: Tensor | None, watch: Callable[[Tensor], None] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [N, 1] of both, in one forward where that leaves D's groups as they are; watch: that of the fakes.
 
         Sample n of M belongs to group n mod (M / size): taken in turns, even groups hold real images, odd ones fakes.
         """
         arch = self.discriminator.arch
         if arch.mbstd_num_channels and (arch.mbstd_group_size is None or len(real) % arch.mbstd_group_size):
-            return self.judge(real, label), self.judge(fake, label)
+            return self.judge(real, label), self.judge(fake, label, watch)
         both = torch.stack([real, fake], dim=1).flatten(0, 1)
-        logits = self.judge(both, None if label is None else label.repeat_interleave(2, dim=0))
+        logits = self.judge(both, None if label is None else label.repeat_interleave(2, dim=0), watch)
         return logits[::2], logits[1::2]
 
-    def judge(self, images: Tensor, label: Tensor | None) -> Tensor:
-        """Logits [N, 1]. D's weights want a gradient in `update` alone."""
-        options = {"dtype": self.precision.dtype, "recompute": self.settings.recompute}
-        logits: Tensor = self.discriminator(images, label, **options)
+    def judge(
+        self, images: Tensor, label: Tensor | None, watch: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        """Logits [N, 1]. D's weights want a gradient for its step alone. watch: see `Discriminator.features`."""
+        dtype, recompute = self.precision.dtype, self.settings.recompute
+        logits: Tensor = self.discriminator(images, label, dtype=dtype, recompute=recompute, watch=watch)
         return logits

@@ -55,8 +55,8 @@ def alike(settings: Any) -> Any:
 def rehearse(device: torch.device, kind: Hashable, run: Callable[[], None]) -> None:
     """Before the first of a kind: have the kernels that `run` launches on this device compiled side by side.
 
-    `run` is called, and what it computes is of no worth: `update`, `Table.advance` and what else asks `rehearsing` do
-    nothing. A rehearsal within another one is a part of it.
+    `run` is called, and what it computes is of no worth: the step of a `Descent`, `Table.advance` and what else asks
+    `rehearsing` do nothing. A rehearsal within another one is a part of it.
     """
     if (device, kind) in _rehearsed:
         return
@@ -228,63 +228,3 @@ class Table:
         """Go to the next row, on the device."""
         if not rehearsing():
             self.index.add_(1)
-
-
-def adam(
-    groups: list[tuple[list[Tensor], float]], *, betas: tuple[float, float], loss_scale: float = 1.0
-) -> torch.optim.Adam:
-    """Fused Adam that can be captured, for groups of (parameters, peak of the learning rate); see `descend`.
-
-    loss_scale: for float16: what losses are multiplied by at first, so that gradients of activations stay within its
-        range. It is halved when a gradient overflows, in whose place no step is taken, and doubled after a while.
-    """
-    device = groups[0][0][0].device
-    optimizer = torch.optim.Adam(
-        [{"params": tensors, "lr": torch.tensor(peak, device=device), "peak": peak} for tensors, peak in groups],
-        betas=betas,
-        fused=True,
-        capturable=device.type == "cuda",
-    )
-    if loss_scale != 1:  # with a fused optimiser a scaler reads nothing on the host
-        scaler = torch.amp.GradScaler(device.type, init_scale=loss_scale, growth_interval=50)
-        vars(optimizer).update(scaler=scaler, fresh=scaler.state_dict())
-    return optimizer
-
-
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor, rate: Tensor) -> None:
-    """Fresh gradients of the loss to all that takes part in it, and a step as of `update`."""
-    optimizer.zero_grad(set_to_none=True)
-    scaler = _scaler(optimizer)
-    (loss if scaler is None else scaler.scale(loss)).backward()
-    update(optimizer, rate)
-
-
-def _scaler(optimizer: torch.optim.Optimizer) -> torch.amp.GradScaler | None:
-    found: torch.amp.GradScaler | None = vars(optimizer).get("scaler")
-    return found
-
-
-@torch.no_grad()
-def forget(optimizer: torch.optim.Optimizer) -> None:
-    """Zero an optimiser's state as before its first step, in place, since graphs hold where it lies."""
-    for state in optimizer.state.values():
-        for value in state.values():
-            value.zero_()
-    scaler = _scaler(optimizer)
-    if scaler is not None:
-        scaler.load_state_dict(vars(optimizer)["fresh"])
-
-
-@torch.no_grad()
-def update(optimizer: torch.optim.Optimizer, rate: Tensor) -> None:
-    """A step of the optimiser, each group's learning rate being `rate` [], on the device, times the group's peak."""
-    if rehearsing():
-        return
-    for group in optimizer.param_groups:
-        torch.mul(rate, group["peak"], out=group["lr"])
-    scaler = _scaler(optimizer)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()

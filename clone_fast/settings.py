@@ -30,6 +30,9 @@ class TweakSettings:
         noise_lr: likewise, of noise maps that belong to the photo alone: no other latent sees them. 0 to leave them.
         r1_gamma, r1_interval: R1 regularisation of D in every r1_interval-th iteration; gamma 0 for none.
         saturating: the generator's adversarial terms as the formula stands, log(1 - D), instead of -log D.
+        one_pass: G's adversarial terms by the pass through D that D's own update takes, which spares a forward and a
+            backward; their gradient is that of `Adversary.turn`, near but not exact. False, and in float16: by a pass
+            of their own through the updated D, as in the paper.
         tune_mapping: move the mapping network as well; the latent is fixed, so only the cohesion terms would.
         precision: what both networks compute in, "fp32", "tf32", "bf16" or "fp16"; weights are float32 in any case.
         recompute: save memory, about a third of an iteration's, for about a third of its time: backwards compute block
@@ -54,6 +57,7 @@ class TweakSettings:
     r1_gamma: float = 0.1
     r1_interval: int = 16
     saturating: bool = False
+    one_pass: bool = False
     tune_mapping: bool = False
     precision: str = "tf32"
     recompute: bool = False

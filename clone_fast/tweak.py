@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from clone_fast.adversary import Adversary, usable
-from clone_fast.capture import Board, Captured, adam, alike, descend, forget
+from clone_fast.capture import Board, Captured, alike
+from clone_fast.descent import Descent
 from clone_fast.draws import Draws, Wanted
 from clone_fast.errors import DivergenceError, MemoryLimitError
 from clone_fast.latent import Latent
-from clone_fast.losses import Reconstruction, Similarity, generator_adversarial, paired_cohesion
+from clone_fast.losses import Reconstruction, Similarity, paired_cohesion
 from clone_fast.memory import full
 from clone_fast.nn import Discriminator, Generator, Precision
 from clone_fast.progress import Keeper, Progress, Record, quick_psnr, ramp
@@ -97,7 +98,7 @@ class Tweak:
             ([m for m in self.maps.values() if m.requires_grad], s.noise_lr),
         ]
         groups = [group for group in groups if group[0]]
-        self.optimizer = adam(groups, betas=(0.9, 0.99), loss_scale=self.precision.loss_scale)
+        self.descent = Descent(groups, betas=(0.9, 0.99), loss_scale=self.precision.loss_scale)
         self.adversary: Adversary | None = None
         if s.adversarial:
             self.adversary = Adversary(usable(discriminator, generator, s, label, real_images), s)
@@ -131,7 +132,7 @@ class Tweak:
         for name, value in self.maps.items():
             value.copy_(latent.noise.get(name, consts[name]))
         self.generator.load_state_dict(self.original.state_dict())
-        forget(self.optimizer)
+        self.descent.restart()
         if self.adversary is not None:
             self.adversary.restart()
         with self.precision.active():
@@ -141,11 +142,11 @@ class Tweak:
         self.board.clear()
 
     def moved(self) -> list[Tensor]:
-        """What the generator's optimiser moves: weights, and noise maps."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        """What the generator's descent moves: weights, and noise maps."""
+        return self.descent.tensors
 
     def judged(self) -> list[Tensor]:
-        """What the discriminator's optimiser moves."""
+        """What the discriminator's descent moves."""
         return [] if self.adversary is None else list(self.adversary.discriminator.parameters())
 
     def step(self, rate: float | None = None) -> dict[str, Tensor]:
@@ -187,18 +188,14 @@ class Tweak:
             real = before if self.pool is None else self.real[: len(before)]
             if local:
                 real = torch.cat([self.photo, real])
-            values["loss_d"] = self.adversary.update(real, images.detach(), label, local, rate, penalised)
-            logits = self.adversary.judge(images, label)
-            if local and s.adversarial_weight > 0:
-                terms["local"] = s.adversarial_weight * generator_adversarial(logits[:1], saturating=s.saturating)
-            if s.cohesion_weight > 0:
-                terms["global"] = s.cohesion_weight * generator_adversarial(logits[local:], saturating=s.saturating)
+            values["loss_d"], judged = self.adversary.turn(real, images, label, local, rate, penalised)
+            terms |= judged
         if s.others and s.paired_weight > 0:
             terms["paired"] = s.paired_weight * paired_cohesion(images[local:], before)
         if s.edits and local:
             terms["edit"] = s.edit_weight * paired_cohesion(edited, wanted)
         loss = torch.stack(list(terms.values())).sum()
-        descend(self.optimizer, loss, rate)
+        self.descent.step(loss, rate)
         self.draws.table.advance()
         values = {"loss": loss, **values, **terms}
         self.board.write(values)

@@ -68,14 +68,14 @@ def test_a_rehearsal_leaves_no_trace(rehearsals: list[list[str]], monkeypatch: p
 
 def test_a_full_memory_is_left_to_the_stage(rehearsals: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels that were noted before it are compiled all the same."""
-    update = Adversary.update
+    turn = Adversary.turn
 
     def full(*args: Any) -> Any:
         if capture.rehearsing():
             raise torch.OutOfMemoryError("no room")
-        return update(*args)
+        return turn(*args)
 
-    monkeypatch.setattr(Adversary, "update", full)
+    monkeypatch.setattr(Adversary, "turn", full)
     with pytest.raises(MemoryLimitError, match=r"^tweak: "):
         invert(tiny.photo(), tiny.network(), **OPTIONS)
     assert rehearsals == [["search", "tweak with R1"], ["tweak with R1"]]

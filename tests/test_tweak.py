@@ -118,7 +118,9 @@ def test_float16_keeps_small_gradients() -> None:
     assert apart[None] < 0.1 * apart[1.0]
 
 
-@pytest.mark.parametrize("changes", [{"mode": "recon"}, {"r1_interval": 2, "tune_mapping": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"mode": "recon"}, {"r1_interval": 2, "tune_mapping": True}, {"one_pass": True}], ids=str
+)
 def test_recomputing_changes_nothing_but_what_is_kept(changes: dict[str, Any]) -> None:
     """Nor what has a gradient: D's weights have none while it judges for G, in the backward neither."""
     net, kept = tiny.network(), []

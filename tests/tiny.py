@@ -100,6 +100,7 @@ def settings(**changes: Any) -> TweakSettings:
         "r1_gamma": 0.2,
         "r1_interval": 2,
         "saturating": False,
+        "one_pass": False,
         "tune_mapping": False,
         "check_every": 1,
     }

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clone_fast.capture import ROWS, Board, Captured, Table, adam, alike, descend, forget, rehearsing
+from clone_fast.capture import ROWS, Board, Captured, Table, alike, rehearsing
+from clone_fast.descent import Descent
 from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity
@@ -134,7 +135,7 @@ def _nearest(generator: Generator, photo: Tensor, w: Tensor) -> Tensor:
 
 
 class Search:
-    """The latent, its optimiser and the draws of one search; `step` is one iteration, a CUDA graph where possible.
+    """The latent, its descent and the draws of one search; `step` is one iteration, a CUDA graph where possible.
 
     After its end another photo can take its place with `restart`, and goes on with the same graph.
     """
@@ -153,7 +154,7 @@ class Search:
             for name, const in generator.synthesis.noise_consts().items():
                 self.maps[name] = torch.empty_like(const).requires_grad_(True)
         self.tuned = [self.ws, *(m for m in self.maps.values() if m.requires_grad)]
-        self.optimizer = adam(
+        self.descent = Descent(
             [(self.tuned, settings.learning_rate)], betas=(0.9, 0.99), loss_scale=self.precision.loss_scale
         )
         self.source, self.spread = torch.Generator(), 0.0
@@ -179,7 +180,7 @@ class Search:
         consts = self.generator.synthesis.noise_consts()
         for name, value in self.maps.items():
             value.copy_(consts[name] if start is None else start.noise.get(name, consts[name]))
-        forget(self.optimizer)
+        self.descent.restart()
         self.taken = 0
         self.table.refill(self._draw())
         self.board.clear()
@@ -225,7 +226,7 @@ class Search:
             structure = [noise_structure(m) for m in self.maps.values()]
             loss = loss + s.noise_regularization * torch.stack(structure).sum()
         self.board.write({"loss": loss, "psnr": quick_psnr(image, self.photo)})
-        descend(self.optimizer, loss, self.table["rate"])
+        self.descent.step(loss, self.table["rate"])
         with torch.no_grad():
             for m in [] if rehearsing() else self.tuned[1:]:  # keep the maps at zero mean and unit variance
                 m.sub_(m.mean()).mul_(m.square().mean().rsqrt())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -120,13 +120,20 @@ class Discriminator(nn.Module):
         return found
 
     def features(
-        self, img: Tensor, *, per_image: bool = False, dtype: torch.dtype | None = None, recompute: bool = False
+        self,
+        img: Tensor,
+        *,
+        per_image: bool = False,
+        dtype: torch.dtype | None = None,
+        recompute: bool = False,
+        watch: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """The activations [N, channels(4)] before the last layer, float32 at least.
 
         per_image: leave every image in a group of its own, so that the features of one do not depend on the rest of
         its batch. dtype: of the convolutions' activations, see `PRECISIONS`; None for img's. recompute: save memory:
-        the backward computes block after block once more.
+        the backward computes block after block once more. watch: is shown the activations [N, channels(4), 4, 4] before
+        the minibatch standard deviation: up to there an image is on its own.
 
         Raises:
             ValueError: img has another shape, or N is no multiple of the minibatch group.
@@ -139,17 +146,25 @@ class Discriminator(nn.Module):
         for resolution in self.block_resolutions:
             name = f"b{resolution}"
             x = run(self.get_submodule(name), x, biases[name], recompute=recompute)
+        if watch is not None:
+            watch(x)
         return self.b4.features(x, 1 if per_image else self.b4.group_size, biases["b4"]["conv"])
 
     def forward(
-        self, img: Tensor, c: Tensor | None = None, *, dtype: torch.dtype | None = None, recompute: bool = False
+        self,
+        img: Tensor,
+        c: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        recompute: bool = False,
+        watch: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """Logits [N, 1], float32 at least: the higher, the more real. dtype, recompute: as in `features`.
+        """Logits [N, 1], float32 at least: the higher, the more real. dtype, recompute, watch: as in `features`.
 
         Raises:
             ValueError: img or c has another shape or is missing, or N is no multiple of the minibatch group.
         """
-        logits: Tensor = self.b4.out(self.features(img, dtype=dtype, recompute=recompute))
+        logits: Tensor = self.b4.out(self.features(img, dtype=dtype, recompute=recompute, watch=watch))
         if self.arch.c_dim == 0:
             return logits
         label = self.mapping(None, c)

@@ -153,7 +153,8 @@ def second_gradients(
 
     found: dict[int, Tensor | None] = dict.fromkeys(wanted)
     if 0 in wanted:
-        parts = [op(one, by, *linear, recorded.backend) for one, by in ((v, weight), (x, u)) if one is not None and by is not None]
+        parts = [] if v is None else [op(v, weight, *linear, recorded.backend)]
+        parts += [] if u is None else [op(x, u, *linear, recorded.backend)]
         if to_bias is not None:
             parts.append(to_bias.to(y.dtype)[:, None, None].expand_as(y))
         found[0] = sloped(like(sum(parts[1:], parts[0]), y)) if parts else None

@@ -154,7 +154,7 @@ def _second_gradients(recorded: Recorded, grads: list[Any], wanted: list[int]) -
         return composite_gradients(
             lambda *a: [_first_derivative(*a)[i] for i in used], recorded.args, wanted, [grads[i] for i in used]
         )
-    found = second_gradients(_op, _backward_op, recorded, *grads[:2], grads[4], wanted)
+    found = second_gradients(_op, _backward_op, recorded, grads[0], grads[1], grads[4], wanted)
     return [found[i] for i in wanted]
 
 
