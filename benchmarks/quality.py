@@ -53,6 +53,7 @@ ROWS = (
     Row("clone (the paper's terms)", tweak=PAPER),
     Row("clone + paired cohesion", tweak={"edit_weight": 0.0}),
     Row("clone + paired + edit cohesion (default)", tweak={}),
+    Row("the same, G and D in turns", tweak={"one_pass": False}),
     Row("the same without adversarial terms", tweak={"adversarial_weight": 0.0, "cohesion_weight": 0.0}),
 )
 COLUMNS = ("psnr", "ssim", "drift_psnr", "drift_ssim", "drift_frechet", "editability", "steps", "seconds")

@@ -65,6 +65,7 @@ class Draws:
         """Draw the first rows of this seed, in the memory of those that are there."""
         self.source.manual_seed(seed)
         self.taken = self.first = 0
+        self.factor = 1.0
         self.table.refill(self._draw())
 
     def next(self) -> tuple[bool, Tensor | None]:
@@ -79,13 +80,18 @@ class Draws:
         """Another factor of the learning rates for the iteration that `next` just gave."""
         self.table.rows["rate"][self.taken - 1] = rate
 
+    def slow_down(self, factor: float) -> None:
+        """Learning rates times this, from the next iteration on."""
+        self.factor *= factor
+        self.table.rows["rate"] *= factor
+
     @torch.no_grad()
     def _draw(self) -> dict[str, Tensor]:
         self.local.clear()
         self.picked.clear()
         rows = [self._row() for _ in range(self.size)]
         drawn = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        table = {"rate": torch.tensor([self.rate(self.first + i) for i in range(self.size)])}
+        table = {"rate": torch.tensor([self.factor * self.rate(self.first + i) for i in range(self.size)])}
         if "z" in drawn:
             table["w"] = self._w(drawn["z"], drawn.get("c"))
             table |= {name: drawn[name] for name in ("c", *(["z"] if self.wanted.inputs else [])) if name in drawn}

@@ -166,6 +166,7 @@ def invert(
             "mode": settings.mode,
             "steps": tweaked.steps,
             "stopped": tweaked.stopped,
+            "slowed": tweaked.slowed,
             "interrupted": found.interrupted or tweaked.stopped == "interrupted",
             "seed": seed,
             "device": str(where),

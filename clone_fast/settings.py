@@ -57,7 +57,7 @@ class TweakSettings:
     r1_gamma: float = 0.1
     r1_interval: int = 16
     saturating: bool = False
-    one_pass: bool = False
+    one_pass: bool = True
     tune_mapping: bool = False
     precision: str = "tf32"
     recompute: bool = False

@@ -46,6 +46,7 @@ class Tweaked:
         rows: see `Record`.
         steps: iterations taken.
         stopped: why it ended: "steps", "target", "interrupted", "diverged" or "memory" (it was full).
+        slowed: how often it went back to its last good check, to go on with half the learning rates.
     """
 
     generator: Generator
@@ -54,6 +55,7 @@ class Tweaked:
     rows: list[dict[str, float]]
     steps: int
     stopped: str
+    slowed: int = 0
 
 
 class Tweak:
@@ -169,6 +171,13 @@ class Tweak:
             self.iterate(local, turn and self.adversary is not None and self.adversary.take_turn())
         return self.board.read(self.names[local])
 
+    def slow_down(self, factor: float) -> None:
+        """Learning rates times this from here on, and the moments of Adam as before its first step."""
+        self.draws.slow_down(factor)
+        self.descent.restart()
+        if self.adversary is not None:
+            self.adversary.descent.restart()
+
     def release(self) -> None:
         """Let go of what only further iterations need: graphs, and gradients in their memory."""
         self.iterate.release()
@@ -263,6 +272,7 @@ def _synthesise(
 
 
 COLLAPSE_DB = 8.0  # a PSNR that far below the best so far is not going to recover within the steps of a tweak
+PATIENCE = 6  # times that a tweak goes back to its last good check with half the learning rates, before it gives up
 
 
 @stepwise
@@ -296,8 +306,10 @@ def tweak(
             again at its end. Without it the memory is given back.
 
     Returns:
-        The tweaked networks. Ctrl-C, a loss that is not finite, a PSNR that collapses, or a memory that is full
-        (with a RuntimeWarning) end the tweak with the weights of the last good check.
+        The tweaked networks. After a loss that is not finite, or a PSNR that collapses, the tweak goes on from the last
+        good check with half the learning rates: what is right for them depends on the network's width. Ctrl-C, the
+        seventh such check, or a memory that is full (with a RuntimeWarning) end it with the weights of the last good
+        one.
 
     Raises:
         SettingsError: the settings need a discriminator or a label that was not given.
@@ -324,7 +336,7 @@ def tweak(
     except torch.OutOfMemoryError as error:
         raise MemoryLimitError(full("tweak", generator.arch, photo.device, settings)) from error
     record = Record("tweak", settings.steps, settings.check_every, progress)
-    stopped, step, best = "interrupted" if interrupted else "", 0, -math.inf
+    stopped, step, slowed, best = "interrupted" if interrupted else "", 0, 0, -math.inf
     try:
         while not stopped and step < settings.steps:
             step += 1
@@ -341,7 +353,12 @@ def tweak(
             row = record.add(step, loss, psnr, **values)
             best = max(best, row["psnr"])
             if not math.isfinite(row["loss"]) or row["psnr"] < best - COLLAPSE_DB:
-                stopped = "diverged"
+                if slowed == PATIENCE or len(record.rows) == 1:
+                    stopped = "diverged"
+                else:
+                    slowed += 1
+                    keeper.restore()
+                    work.slow_down(0.5)
             else:
                 keeper.keep()
                 if fresh and settings.target_psnr is not None and row["psnr"] >= settings.target_psnr:
@@ -374,4 +391,4 @@ def tweak(
     for module in (generator, judge):
         if module is not None:
             module.eval().requires_grad_(False)
-    return Tweaked(generator, judge, moved, record.rows, step, stopped or "steps")
+    return Tweaked(generator, judge, moved, record.rows, step, stopped or "steps", slowed)

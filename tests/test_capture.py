@@ -134,7 +134,7 @@ def test_a_board_keeps_what_is_not_written_again() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"mode": "recon"}, {"local_probability": 0.5, "r1_interval": 3}, {"tune_mapping": True}, {"one_pass": True}],
+    [{}, {"mode": "recon"}, {"local_probability": 0.5, "r1_interval": 3}, {"tune_mapping": True}, {"one_pass": False}],
     ids=str,
 )
 def test_a_captured_tweak_is_the_eager_one(changes: dict[str, Any], played: list[PlayedGraphs]) -> None:
@@ -150,7 +150,7 @@ def test_a_captured_tweak_is_the_eager_one(changes: dict[str, Any], played: list
     assert all(p.grad is None for p in captured.generator.parameters())
 
 
-@pytest.mark.parametrize("changes", [{}, {"mode": "recon", "noise_lr": 0.01}, {"one_pass": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"mode": "recon", "noise_lr": 0.01}, {"one_pass": False}], ids=str)
 def test_a_rehearsal_changes_nothing(
     changes: dict[str, Any], played: list[PlayedGraphs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,7 +239,7 @@ def test_no_iteration_reads_on_the_host(one_pass: bool, monkeypatch: pytest.Monk
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"mode": "recon"}, {"local_probability": 0.6}, {"tune_mapping": True, "noise_lr": 0.0}, {"one_pass": True}],
+    [{}, {"mode": "recon"}, {"local_probability": 0.6}, {"tune_mapping": True, "noise_lr": 0.0}, {"one_pass": False}],
     ids=str,
 )
 def test_a_captured_tweak_on_a_gpu_is_the_eager_one(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from clone_fast.errors import DivergenceError, SettingsError
 from clone_fast.latent import Latent
 from clone_fast.nn import PRECISIONS, Discriminator, Generator, MappingNetwork, Network, SynthesisNetwork
 from clone_fast.progress import Record
-from clone_fast.tweak import COLLAPSE_DB, Tweak, Tweaked, TweakSettings
+from clone_fast.tweak import COLLAPSE_DB, PATIENCE, Tweak, Tweaked, TweakSettings
 
 PHOTO = tiny.photo()
 
@@ -119,7 +119,7 @@ def test_float16_keeps_small_gradients() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"mode": "recon"}, {"r1_interval": 2, "tune_mapping": True}, {"one_pass": True}], ids=str
+    "changes", [{"mode": "recon"}, {"r1_interval": 2, "tune_mapping": True}, {"one_pass": False}], ids=str
 )
 def test_recomputing_changes_nothing_but_what_is_kept(changes: dict[str, Any]) -> None:
     """Nor what has a gradient: D's weights have none while it judges for G, in the backward neither."""
@@ -248,15 +248,15 @@ class History:
 
 
 class Spoilt:
-    """The mean square error, and at the n-th call something else."""
+    """The mean square error, and from the n-th call (to another) on something else."""
 
-    def __init__(self, at: int, then: Callable[[Tensor], Tensor]) -> None:
-        self.at, self.then, self.calls = at, then, 0
+    def __init__(self, at: int, then: Callable[[Tensor], Tensor], until: float = math.inf) -> None:
+        self.at, self.then, self.until, self.calls = at, then, until, 0
 
     def __call__(self, image: Tensor, photo: Tensor) -> Tensor:
         self.calls += 1
         loss = F.mse_loss(image, photo)
-        return self.then(loss) if self.calls >= self.at else loss
+        return self.then(loss) if self.at <= self.calls <= self.until else loss
 
 
 @pytest.mark.parametrize("mode", ["clone", "recon"])
@@ -269,9 +269,33 @@ def test_a_loss_that_is_not_finite_brings_the_last_good_weights_back(
         net, tiny.settings(mode=mode, steps=20, check_every=2), similarity=Spoilt(5, lambda loss: loss * value)
     )
     assert done.stopped == "diverged"
-    assert done.steps == 6  # seen at the first check after the fifth step
+    assert done.steps == 6 + 2 * PATIENCE  # seen at the first check after the fifth step, and at so many more
+    assert done.slowed == PATIENCE
     history.assert_restored(done, updates=3)  # as it was when the fourth step was checked
-    assert [row["step"] for row in done.rows] == [1, 2, 4, 6]
+    assert [row["step"] for row in done.rows] == [1, *range(2, done.steps + 1, 2)]
+
+
+@pytest.mark.parametrize("mode", ["clone", "recon"])
+def test_after_a_bad_check_it_goes_on_from_the_last_good_one_at_half_the_rates(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    iterate = Tweak._iterate
+
+    def noted(self: Tweak, local: bool, penalised: bool) -> None:
+        rates.append(float(self.draws.table["rate"]))
+        iterate(self, local, penalised)
+
+    monkeypatch.setattr(Tweak, "_iterate", noted)
+    settings = tiny.settings(mode=mode, steps=20, check_every=2, r1_gamma=0.0)
+    plain = run(tiny.network(), settings, similarity=F.mse_loss)
+    usual, rates[:] = rates[-20:], []
+    done = run(tiny.network(), settings, similarity=Spoilt(5, lambda loss: loss * math.nan, until=6))
+    assert (done.stopped, done.slowed, done.steps) == ("steps", 1, 20)
+    assert rates[-20:] == pytest.approx([*usual[:6], *(rate / 2 for rate in usual[6:])])
+    assert [row["loss"] for row in done.rows[:3]] == pytest.approx([row["loss"] for row in plain.rows[:3]])
+    assert all(math.isfinite(row["loss"]) for row in done.rows[4:])
+    assert done.rows[-1]["psnr"] > done.rows[0]["psnr"]
 
 
 def test_a_loss_that_is_never_finite_is_an_error() -> None:
