@@ -126,10 +126,12 @@ def reference(world: World) -> Contender:
     return of_step(world, steps.OwnNetworks(*world.networks(), "reference"), "reference, eager")
 
 
-def ours(world: World) -> Contender:
+def ours(world: World, *, one_pass: bool = True) -> Contender:
     """clone_fast as a user runs it: its own loops, which capture what they run, and are timed by the wall.
 
     Several photos in one step have no loop of their own: its networks, eagerly.
+
+    one_pass: see `TweakSettings`; False for the arithmetic of the other contenders.
     """
     row = world.row
     generator, discriminator = world.networks()
@@ -143,7 +145,7 @@ def ours(world: World) -> Contender:
         discriminator,
         Latent(world.ws),
         world.photo,
-        steps.tweak_settings(mode, max(row.batch, 2), precision=row.precision),
+        steps.tweak_settings(mode, max(row.batch, 2), precision=row.precision, one_pass=one_pass),
         real_images=world.real if row.step == "clone" else None,
     )
     names = ("loss", "loss_d") if row.step == "clone" else ("loss",)

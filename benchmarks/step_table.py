@@ -40,6 +40,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         cells = [NAMES[row["step"]].format(others=row["batch"] - 1), row["network"], row["precision"]]
         cells += [str(row["batch"]), *(_cell(row, name) for name in ("ours", "reference", "strong"))]
+        if "turns_ms" in row:
+            cells[-3] += f" (in turns {_cell(row, 'turns')})"
         cells.append(f"{row['floor_ms']:.2f} ms" if "floor_ms" in row else "")
         for above, below in (("strong_ms", "ours_ms"), ("ours_ms", "floor_ms")):
             cells.append(f"{row[above] / row[below]:.2f}" if above in row and below in row else "")
@@ -52,7 +54,8 @@ def block(rows: Sequence[dict[str, Any]]) -> str:
     text = (
         f"{results.origin(rows)}. Milliseconds of a step and peak memory, one process, the losses of each checked "
         "against float32 first. Ours and the reference by the wall; the strongest plain PyTorch (benchmarks/strong.py: "
-        "compiled, one CUDA graph) by the GPU's time alone. Floor: the fewest bytes and operations "
-        "(benchmarks/floors.py) at measured rates. `pytest benchmarks/bench_step.py --benchmark-only` writes them."
+        "compiled, one CUDA graph) by the GPU's time alone. In turns: `one_pass=False`, the others' arithmetic. "
+        "Floor: the fewest bytes and operations (benchmarks/floors.py) at measured rates. "
+        "`pytest benchmarks/bench_step.py --benchmark-only` writes them."
     )
     return f"{table(rows)}\n\n{text}"

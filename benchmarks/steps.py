@@ -218,6 +218,5 @@ def tweak_settings(mode: str, batch: int, **changes: Any) -> TweakSettings:
         "edit_weight": 0.0,
         "noise_lr": 0.0,
         "r1_gamma": 0.0,
-        "one_pass": False,
     }
     return TweakSettings(**values | changes)

@@ -13,8 +13,9 @@ from clone_fast.nn import PRECISIONS, Architecture, Network
 from clone_fast.settings import TweakSettings
 
 # Tensors of a network's width at every resolution that an image leaves behind until its backward is done. Counted in
-# the layers, and rounded up: results and inputs of two convolutions, the filtered one of the resampling, the noise.
-IN_GENERATOR, IN_DISCRIMINATOR = 6, 6
+# the layers, and rounded up so that what config F took on an H200 stays below: results and inputs of two convolutions,
+# the filtered one of the resampling, the noise; in D results alone.
+IN_GENERATOR, IN_DISCRIMINATOR = 6, 3
 SMALLER = "use a smaller network, or device='cpu'"
 SAFE = 0.9  # share of the free memory that an estimate may fill
 
@@ -65,7 +66,9 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     gc.collect()
     torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)  # set_per_process_memory_fraction
+    return max(0, min(free, allowed - torch.cuda.memory_reserved(device)))
 
 
 def advice(arch: Architecture, settings: TweakSettings, free: int | None) -> str:
