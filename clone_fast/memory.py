@@ -66,9 +66,10 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     gc.collect()
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)  # set_per_process_memory_fraction
-    return max(0, min(free, allowed - torch.cuda.memory_reserved(device)))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(index) * total)  # set_per_process_memory_fraction
+    return max(0, min(free, allowed - torch.cuda.memory_reserved(index)))
 
 
 def advice(arch: Architecture, settings: TweakSettings, free: int | None) -> str:

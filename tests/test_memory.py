@@ -106,3 +106,26 @@ def test_recomputing_is_advised_where_it_is_enough(mode: str) -> None:
     assert need < 0.8 * memory.iteration_bytes(ARCH, s)
     assert memory.advice(ARCH, s, int(need * 1.2)).startswith("recompute=True should fit")
     assert not memory.advice(ARCH, s, int(need)).startswith("recompute")
+
+
+@pytest.mark.parametrize(("fraction", "want"), [(1.0, 50), (0.4, 30), (0.05, 0)])
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_free_is_what_this_process_may_have(
+    name: str, fraction: float, want: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 100 bytes others have 40 and this process 10; PyTorch wants devices by number here."""
+    wanted = int(name[5:] or 0)
+
+    def told(value: Any) -> Any:
+        def of(device: int) -> Any:
+            assert device == wanted
+            return value
+
+        return of
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", told((50, 100)))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", told(fraction))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", told(10))
+    assert memory.free_bytes(torch.device(name)) == want
