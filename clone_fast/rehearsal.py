@@ -45,10 +45,7 @@ def rehearse_inversion(
                     seek.iterate.rehearse()
         if settings.steps:
             with suppress(torch.OutOfMemoryError):
-                work = Tweak(generator, discriminator, Latent(ws.clone()), photo, settings, **others)
-                with work.precision.active():
-                    for variant in variants(settings):
-                        work.iterate.rehearse(*variant)
+                Tweak(generator, discriminator, Latent(ws.clone()), photo, settings, **others)  # rehearses by itself
         with suppress(torch.OutOfMemoryError), torch.no_grad():
             for n in MEASURED:
                 images = generator.synthesis(ws.repeat(n, 1, 1))
@@ -56,12 +53,3 @@ def rehearse_inversion(
                     discriminator.features(images, per_image=True)
 
     rehearse(device, ("invert", generator.arch, alike(search), alike(settings)), run)
-
-
-def variants(settings: TweakSettings) -> list[tuple[bool, bool]]:
-    """(with the local term, with R1) of a tweak's iterations, in the order in which they may come."""
-    found = []
-    for local in (True, False) if settings.cohesive and settings.local_probability < 1 else (True,):
-        turn = settings.adversarial and (local or settings.cohesion_weight > 0)
-        found += [(local, penalised) for penalised in ((True, False) if turn and settings.r1_gamma > 0 else (False,))]
-    return found

@@ -97,6 +97,15 @@ class TweakSettings:
         return self.mode == "clone" and (self.adversarial or self.paired_weight > 0)
 
     @property
+    def variants(self) -> list[tuple[bool, bool]]:
+        """(with the local term, with R1) of the iterations, in the order in which they may come."""
+        found = []
+        for local in (True, False) if self.cohesive and self.local_probability < 1 else (True,):
+            turn = self.adversarial and (local or self.cohesion_weight > 0)
+            found += [(local, penalised) for penalised in ((True, False) if turn and self.r1_gamma > 0 else (False,))]
+        return found
+
+    @property
     def edits(self) -> bool:
         """Whether moves of the photo's own latent take part, where the local term does."""
         return self.mode == "clone" and self.edit_weight > 0

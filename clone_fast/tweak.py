@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from clone_fast.adversary import Adversary, usable
-from clone_fast.capture import Board, Captured, alike
+from clone_fast.capture import Board, Captured, alike, rehearse
 from clone_fast.descent import Descent
 from clone_fast.draws import Draws, Wanted
 from clone_fast.errors import DivergenceError, MemoryLimitError
@@ -137,11 +137,12 @@ class Tweak:
         self.descent.restart()
         if self.adversary is not None:
             self.adversary.restart()
+        self.draws.restart(seed)
+        self.board.clear()
+        rehearse(photo.device, self.iterate.kind, self._rehearse)  # now, before any network is run
         with self.precision.active():
             drawn = _synthesise(self.original, [latent.ws], [], [], latent.noise, self.settings)
             torch.sub(photo, drawn, out=self.offset)
-        self.draws.restart(seed)
-        self.board.clear()
 
     def moved(self) -> list[Tensor]:
         """What the generator's descent moves: weights, and noise maps."""
@@ -183,6 +184,11 @@ class Tweak:
         self.iterate.release()
         for parameter in (*self.moved(), *self.judged()):
             parameter.grad = None
+
+    def _rehearse(self) -> None:
+        with torch.enable_grad(), self.precision.active():
+            for variant in self.settings.variants:
+                self.iterate.rehearse(*variant)
 
     def _iterate(self, local: bool, penalised: bool) -> None:
         """All that an iteration does, on static memory: what a graph replays. penalised: whether R1 joins."""

@@ -13,7 +13,6 @@ from clone_fast import capture, invert
 from clone_fast.adversary import Adversary
 from clone_fast.errors import MemoryLimitError
 from clone_fast.latent import LatentSettings, Search
-from clone_fast.rehearsal import variants
 from clone_fast.tweak import Tweak, TweakSettings
 
 OPTIONS: dict[str, Any] = {"latent_steps": 3, "steps": 4, "device": "cpu"}
@@ -93,7 +92,7 @@ def test_a_full_memory_is_left_to_the_stage(rehearsals: list[list[str]], monkeyp
     ids=str,
 )
 def test_variants(changes: dict[str, Any], wanted: list[tuple[bool, bool]]) -> None:
-    assert variants(TweakSettings(**changes)) == wanted
+    assert TweakSettings(**changes).variants == wanted
 
 
 def test_what_does_not_change_the_kernels_does_not_count() -> None:
