@@ -170,6 +170,9 @@ class Captured:
             return
         try:
             self.replays[variant] = self.graphs.record(run)
+        except torch.OutOfMemoryError:  # an eager iteration needs no less
+            self.release()
+            raise
         except Exception as error:  # whatever it is: an eager call either works or raises the same with a clear trace
             self.release()
             reason = (str(error).splitlines() or [""])[0]

@@ -21,7 +21,7 @@ from clone_fast.errors import SettingsError
 from clone_fast.inversion import Inversion
 from clone_fast.latent import Latent, LatentSettings, Search, optimise
 from clone_fast.losses import Similarity
-from clone_fast.nn import Generator, Network
+from clone_fast.nn import Generator, Network, settled
 from clone_fast.photo import load_photo
 from clone_fast.photo import real_images as load_real_images
 from clone_fast.progress import Progress
@@ -94,7 +94,8 @@ def invert(
         latent_steps, steps: of the search and of the tweak.
         mode: "clone", the method, or "recon", reconstruction alone.
         target_psnr: stop the tweak as soon as the clone is that near, in dB.
-        precision: what the networks compute in, in both stages: "fp32", "tf32", "bf16" or "fp16".
+        precision: what the networks compute in, in both stages: "fp32", "tf32", "bf16" or "fp16"; by default bf16 on a
+            GPU that has it, elsewhere tf32, which on a CPU is float32.
         recompute: save memory in both stages, see `TweakSettings`.
         real_images: a folder of photos, or a tensor [N, 3, R, R], for the global term; by default the frozen original
             generator draws them.
@@ -121,6 +122,7 @@ def invert(
         tweak_settings or TweakSettings(), steps=steps, mode=mode, target_psnr=target_psnr, **both
     )
     where = choose_device(device)
+    search, settings = settled(search, where), settled(settings, where)
     with _clock(seconds, "load", where):
         opened = open_network(network, discriminator, where)
         generator, judge = opened.network.generator, opened.network.discriminator

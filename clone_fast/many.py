@@ -9,7 +9,6 @@ next one. What a photo computes is what it would compute alone: no batch, no sha
 from __future__ import annotations
 
 import gc
-import traceback
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -23,8 +22,8 @@ import torch
 from clone_fast.errors import CloneFastError, DivergenceError, MemoryLimitError, PhotoError, SettingsError
 from clone_fast.inversion import Inversion
 from clone_fast.invert import Opened, StrPath, choose_device, invert, open_network, override, read_real_images
-from clone_fast.memory import full, photos_that_fit
-from clone_fast.nn import Generator, Network, frozen
+from clone_fast.memory import full, photos_that_fit, without_frames
+from clone_fast.nn import Generator, Network, frozen, settled
 from clone_fast.stepwise import Pause, Steps
 from clone_fast.tweak import TweakSettings
 
@@ -70,6 +69,7 @@ def invert_each(
     asked = {field.name: options.get(field.name) for field in fields(TweakSettings)}
     settings = override(options.get("tweak_settings") or TweakSettings(), **asked)
     device = choose_device(options.get("device"))
+    settings = settled(settings, device)
     opened = open_network(network, options.pop("discriminator", None), device)
     options["real_images"] = read_real_images(options.get("real_images"), opened.network.generator)
     if at_once is None:
@@ -151,7 +151,7 @@ class _Job:
                 result: Inversion = end.value
                 return result
             except (PhotoError, DivergenceError, MemoryLimitError) as error:
-                return _without_frames(error)
+                return without_frames(error)
 
     def close(self) -> None:
         """Give it up, when what it has launched is done with its memory."""
@@ -268,12 +268,3 @@ class _Window:
                 self.live.remove(job)  # it has nothing to give: interrupted while it was loaded or measured
             elif job.pause is Pause.STEP:
                 self._advance(job, KeyboardInterrupt())
-
-
-def _without_frames(error: CloneFastError) -> CloneFastError:
-    """The error without what the frames of its traceback hold: networks, graphs, all the memory of its photo."""
-    link: BaseException | None = error
-    while link is not None:
-        traceback.clear_frames(link.__traceback__)
-        link = link.__cause__ or link.__context__
-    return error

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import gc
+import traceback
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from clone_fast.nn import PRECISIONS, Architecture, Network
+from clone_fast.nn import Architecture, Network, Precision
 from clone_fast.settings import TweakSettings
+
+Error = TypeVar("Error", bound=BaseException)
 
 # Tensors of a network's width at every resolution that an image leaves behind until its backward is done. Counted in
 # the layers, and rounded up so that what config F took on an H200 stays below: results and inputs of two convolutions,
 # the filtered one of the resampling, the noise; in D results alone.
 IN_GENERATOR, IN_DISCRIMINATOR = 6, 3
+RECOMPUTED = 0.85  # share that recomputing leaves: of a Clone iteration of config F 0.8 on an H200
 SMALLER = "use a smaller network, or device='cpu'"
-SAFE = 0.9  # share of the free memory that an estimate may fill
+SAFE = 0.8  # share of the free memory that an estimate may fill: eight clones of config F estimated at 0.85 did not fit
 
 
 def activations(arch: Architecture, element_size: int = 4) -> int:
@@ -27,16 +31,16 @@ def activations(arch: Architecture, element_size: int = 4) -> int:
 
 def iteration_bytes(arch: Architecture, settings: TweakSettings) -> int:
     """About what an iteration of the tweak needs besides weights and optimisers."""
-    size = PRECISIONS[settings.precision].dtype.itemsize
-    one, kept = activations(arch, size), 0
-    if settings.recompute:  # the input of every block, and all of the block that is computed again, of the largest one
-        kept, one = one, arch.channels(arch.img_resolution) * arch.img_resolution**2 * size
+    size = Precision.named(settings.precision).dtype.itemsize
+    one = activations(arch, size)
+    if settings.recompute:
+        one = int(RECOMPUTED * one)
     if settings.mode == "recon":
-        return kept + one * IN_GENERATOR
+        return one * IN_GENERATOR
     drawn = (settings.batch if settings.others else 1) + settings.edits
     forwards = 2 + 2 * (settings.r1_gamma > 0)  # of real images and of fakes; R1 counts twice, with its own gradient
     judged = forwards * settings.batch if settings.adversarial else 0
-    return kept * (drawn + judged) + one * (IN_GENERATOR * drawn + IN_DISCRIMINATOR * judged)
+    return one * (IN_GENERATOR * drawn + IN_DISCRIMINATOR * judged)
 
 
 def photo_bytes(network: Network, settings: TweakSettings) -> int:
@@ -72,11 +76,20 @@ def free_bytes(device: torch.device) -> int | None:
     return max(0, min(free, allowed - torch.cuda.memory_reserved(index)))
 
 
+def without_frames(error: Error) -> Error:
+    """The error without what the frames of its traceback hold: networks, graphs, all the memory of a photo."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    return error
+
+
 def advice(arch: Architecture, settings: TweakSettings, free: int | None) -> str:
     """A line that names what should fit into so many bytes: half precision, recomputing, the largest batch, or mode
     recon."""
     choices: list[dict[str, Any]] = []
-    if settings.precision in ("fp32", "tf32"):
+    if Precision.named(settings.precision).dtype == torch.float32:
         choices.append({"precision": "bf16"})
     if not settings.recompute:
         choices.append({"recompute": True})

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from clone_fast.capture import alike, rehearse
+from clone_fast.iteration import Tweak
 from clone_fast.latent import Latent, LatentSettings, Search
 from clone_fast.nn import Discriminator, Generator, frozen
 from clone_fast.settings import TweakSettings
-from clone_fast.tweak import Tweak
 
 MEASURED = (1, 8)  # images that the metrics draw at once
 

@@ -35,7 +35,8 @@ class TweakSettings:
             of their own through the updated D, as in the paper.
         tune_mapping: move the mapping network as well; the latent is fixed, so only the cohesion terms would.
         precision: what both networks compute in, "fp32", "tf32", "bf16" or "fp16"; weights are float32 in any case.
-        recompute: save memory, about a third of an iteration's, for about a third of its time: backwards compute block
+            None: bf16 on a GPU that has it, elsewhere tf32, which on a CPU is float32.
+        recompute: save memory, about a fifth of a Clone iteration's, for a fifth of its time: backwards compute block
             after block of the networks once more.
         check_every: iterations between two reads of the loss.
     """
@@ -59,7 +60,7 @@ class TweakSettings:
     saturating: bool = False
     one_pass: bool = True
     tune_mapping: bool = False
-    precision: str = "tf32"
+    precision: str | None = None
     recompute: bool = False
     check_every: int = 5
 

@@ -64,8 +64,9 @@ HOUSE = (
         packages="torch tqdm",
     ),
     Layer("adversary", imports="losses nn descent settings"),
-    Layer("tweak", imports="losses nn progress settings memory capture descent draws latent adversary stepwise"),
-    Layer("rehearsal", imports="nn settings capture latent tweak"),
+    Layer("iteration", imports="losses nn progress settings capture descent draws latent adversary"),
+    Layer("tweak", imports="iteration adversary losses nn progress settings memory latent stepwise"),
+    Layer("rehearsal", imports="nn settings capture latent iteration"),
     Layer("edit", imports="nn checkpoints files", packages="torch numpy safetensors"),
     Layer("demo", imports="nn ops losses checkpoints photo metrics files", packages=ANY),
     Layer(

@@ -20,6 +20,7 @@ from clone_fast.capture import EAGER_CALLS, Board, Captured, Table
 from clone_fast.errors import BackendError
 from clone_fast.latent import LatentSettings, optimise
 from clone_fast.nn import Network
+from clone_fast.progress import ramp
 from clone_fast.tweak import Tweak, Tweaked
 
 PHOTO = tiny.photo()
@@ -327,7 +328,7 @@ def test_the_tables_hold_what_drawing_step_by_step_gives(changes: dict[str, Any]
             move = s.edit_reach * torch.rand([], generator=source) * (g.mapping(z, c)[0, 0] - g.mapping.w_avg)
             torch.testing.assert_close(work.draws.table["move"], move)
         if step < 5:
-            want = tweak_module.ramp(step, 5, up=0.05, down=0.3)
+            want = ramp(step, 5, up=0.05, down=0.3)
             assert float(work.draws.table["rate"]) == pytest.approx(want, abs=1e-7)
         work.draws.table.advance()
     assert set(joined) == ({True, False} if "local_probability" in changes else {True})

@@ -103,8 +103,8 @@ def test_the_advice_names_the_largest_batch_that_fits() -> None:
 def test_recomputing_is_advised_where_it_is_enough(mode: str) -> None:
     s = TweakSettings(mode=mode, precision="bf16")
     need = memory.iteration_bytes(ARCH, replace(s, recompute=True))
-    assert need < 0.8 * memory.iteration_bytes(ARCH, s)
-    assert memory.advice(ARCH, s, int(need * 1.2)).startswith("recompute=True should fit")
+    assert need < 0.9 * memory.iteration_bytes(ARCH, s)
+    assert memory.advice(ARCH, s, int(need * 1.3)).startswith("recompute=True should fit")
     assert not memory.advice(ARCH, s, int(need)).startswith("recompute")
 
 

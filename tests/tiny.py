@@ -102,6 +102,7 @@ def settings(**changes: Any) -> TweakSettings:
         "saturating": False,
         "one_pass": False,
         "tune_mapping": False,
+        "precision": "tf32",
         "check_every": 1,
     }
     return TweakSettings(**values | changes)

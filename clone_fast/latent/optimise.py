@@ -19,8 +19,8 @@ from clone_fast.descent import Descent
 from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity
-from clone_fast.memory import full
-from clone_fast.nn import Generator, Precision, frozen
+from clone_fast.memory import full, without_frames
+from clone_fast.nn import Generator, Precision, frozen, settled
 from clone_fast.progress import Keeper, Progress, Record, quick_psnr, ramp
 from clone_fast.stepwise import Pause, Steps, stepwise
 
@@ -38,7 +38,7 @@ class LatentSettings:
         exploration: standard deviation of the noise on w at the start, in units of w's own; gone at 3/4 of the way.
         start_samples: random latents for the mean and spread of w, and to choose the start among.
         similarity: "laplacian" (pyramid and mean square) or "lpips" (needs the lpips extra and its weights).
-        precision: what the generator computes in, see `clone_fast.nn.PRECISIONS`.
+        precision: what the generator computes in, see `clone_fast.nn.PRECISIONS`; None for the device's, see `settled`.
         recompute: save memory: the backward computes block after block of the generator once more.
         check_every: steps between two reads of the loss.
     """
@@ -51,7 +51,7 @@ class LatentSettings:
     exploration: float = 0.05
     start_samples: int = 512
     similarity: str = "laplacian"
-    precision: str = "tf32"
+    precision: str | None = None
     recompute: bool = False
     check_every: int = 5
 
@@ -143,6 +143,7 @@ class Search:
     def __init__(
         self, generator: Generator, photo: Tensor, settings: LatentSettings, *, start: Latent | None, seed: int
     ) -> None:
+        settings = settled(settings, photo.device)
         self.generator, self.photo, self.settings = generator, torch.empty_like(photo), settings
         self.precision = Precision.named(settings.precision)
         similarity = lpips_similarity(photo.device) if settings.similarity == "lpips" else None
@@ -263,11 +264,15 @@ def optimise(
         MemoryLimitError: the first step does not fit into the device's memory.
         SettingsError: lpips was asked for and is not there.
     """
-    if spare:
-        work = spare.pop()
-        work.restart(photo, start=start, seed=seed)
-    else:
-        work = Search(generator, photo, settings, start=start, seed=seed)
+    try:
+        if spare:
+            work = spare.pop()
+            work.restart(photo, start=start, seed=seed)
+        else:
+            work = Search(generator, photo, settings, start=start, seed=seed)
+    except torch.OutOfMemoryError as error:
+        without_frames(error)
+        raise MemoryLimitError(full("latent", generator.arch, photo.device)) from error
     record = Record("latent", settings.steps, settings.check_every, progress)
     keeper = Keeper(work.tuned, [])
     interrupted = diverged = memory = False

@@ -6,7 +6,7 @@ from clone_fast.nn.architecture import Architecture
 from clone_fast.nn.discriminator import Discriminator
 from clone_fast.nn.generator import Generator, MappingNetwork, SynthesisNetwork
 from clone_fast.nn.network import Network, frozen
-from clone_fast.nn.precision import PRECISIONS, Precision
+from clone_fast.nn.precision import PRECISIONS, Precision, settled
 
 __all__ = [
     "PRECISIONS",
@@ -18,4 +18,5 @@ __all__ = [
     "Precision",
     "SynthesisNetwork",
     "frozen",
+    "settled",
 ]
