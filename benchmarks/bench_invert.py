@@ -5,7 +5,7 @@
 
 On a GPU config F at 1024x1024 with random weights, bf16; each row is written to benchmarks/results/invert.json as soon
 as it is known, and one that fails costs no other. Times are the wall's, of a photo that is loaded, searched, tweaked
-and measured, as `invert` does it. CLONE_FAST_BENCH_PHOTOS: photos of a row of many, 8 by default; under torchrun so
+and measured, as `invert` does it. CLONE_FAST_BENCH_PHOTOS: photos of a row of many, 16 by default; under torchrun so
 many for each GPU. On a CPU a tiny network, to see that it works.
 """
 
@@ -47,7 +47,7 @@ ARCH = Architecture() if common.ON_GPU else Architecture(
 )  # fmt: skip
 NAME = "F 1024" if common.ON_GPU else "tiny 32"
 PRECISION = "bf16" if common.ON_GPU else "fp32"
-PHOTOS = int(os.environ.get("CLONE_FAST_BENCH_PHOTOS") or (8 if common.ON_GPU else 2))
+PHOTOS = int(os.environ.get("CLONE_FAST_BENCH_PHOTOS") or (16 if common.ON_GPU else 2))
 LATENT = 200 if common.ON_GPU else 3
 STEPS = {"photo": 100, "recon": 100, "clone": 30} if common.ON_GPU else {"photo": 2, "recon": 2, "clone": 2}
 FEW: dict[str, Any] = {"latent_steps": 2, "steps": 2}  # with R1 and without: what compiles all kernels of a mode

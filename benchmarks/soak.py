@@ -25,6 +25,7 @@ from clone_fast.nn import PRECISIONS, Architecture, Discriminator, Generator
 from clone_fast.tweak import Tweak, TweakSettings
 
 EVERY = 100  # iterations; the first so many compile and capture
+DRAWN_GB = 0.02  # a block that the allocator may keep when rows are drawn anew, every 1024 iterations
 SLOWER = 1.05  # the last two lines over the first two after the warm-up, at most
 
 
@@ -64,9 +65,11 @@ def _synchronize(device: torch.device) -> None:
 def complaints(rows: list[dict[str, Any]]) -> list[str]:
     """What is bad about a run; nothing if it is flat. rows: at least five, of which the first is the warm-up."""
     found = []
-    settled, last = rows[1]["reserved_gb"], rows[-1]["reserved_gb"]
-    if last > settled:
-        found.append(f"memory grew: {last:.3f} GB reserved, {settled:.3f} after the first {rows[1]['iterations']}")
+    for kind, spare in (("allocated_gb", 0.0), ("reserved_gb", DRAWN_GB)):
+        settled, last = rows[1][kind], rows[-1][kind]
+        if last > settled + spare:
+            name = f"{last:.3f} GB {kind.removesuffix('_gb')}"
+            found.append(f"memory grew: {name}, {settled:.3f} after the first {rows[1]['iterations']}")
     wrong = [row["iterations"] for row in rows if not (row["finite"] and math.isfinite(row["loss"]))]
     if wrong:
         found.append(f"not finite at iteration {wrong[0]}")

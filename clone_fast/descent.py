@@ -2,10 +2,54 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from clone_fast.capture import rehearsing
+
+
+class FusedAdam:
+    """`torch.optim.Adam(fused=True, capturable=True)` as far as it is needed here, by PyTorch's function for it: the
+    class imports torch._dynamo, which takes as long as a hundred iterations.
+
+    Args:
+        groups: of (parameters, learning rate [] on their device).
+    """
+
+    _step_supports_amp_scaling = True  # for GradScaler, which then gives a step the attributes grad_scale and found_inf
+
+    def __init__(self, groups: list[tuple[list[Tensor], Tensor]], betas: tuple[float, float]) -> None:
+        self.param_groups: list[dict[str, Any]] = [{"params": tensors, "lr": rate} for tensors, rate in groups]
+        self.betas = betas
+        self.state = {p: self._fresh(p) for group in self.param_groups for p in group["params"]}
+
+    @staticmethod
+    def _fresh(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Moments, and how many steps were taken."""
+        return torch.zeros_like(tensor), torch.zeros_like(tensor), torch.zeros([], device=tensor.device)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """A step of what has a gradient."""
+        beta1, beta2 = self.betas
+        for group in self.param_groups:
+            moved: list[Any] = [p for p in group["params"] if p.grad is not None]
+            means, squares, steps = ([self.state[p][i] for p in moved] for i in range(3))
+            adam(
+                moved, [p.grad for p in moved], means, squares, [], steps, fused=True, capturable=True,
+                grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None),
+                amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=0.0, eps=1e-8, maximize=False,
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """As before the first step, in the memory that is there."""
+        for state in self.state.values():
+            for value in state:
+                value.zero_()
 
 
 class Descent:
@@ -29,12 +73,7 @@ class Descent:
         device = self.tensors[0].device
         self.peaks = [peak for _, peak in groups]
         self.rates = [torch.tensor(peak, device=device) for peak in self.peaks]
-        self.optimizer = torch.optim.Adam(
-            [{"params": tensors, "lr": rate} for (tensors, _), rate in zip(groups, self.rates, strict=True)],
-            betas=betas,
-            fused=True,
-            capturable=device.type == "cuda",
-        )
+        self.optimizer = FusedAdam([(part, rate) for (part, _), rate in zip(groups, self.rates, strict=True)], betas)
         self.scaler: torch.amp.GradScaler | None = None
         if loss_scale != 1:  # with a fused optimiser a scaler reads nothing on the host
             self.scaler = torch.amp.GradScaler(device.type, init_scale=loss_scale, growth_interval=50)
@@ -45,7 +84,8 @@ class Descent:
 
         rate: [], on the device; the factor of each group's peak.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        for tensor in self.tensors:
+            tensor.grad = None
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if rehearsing():
             return
@@ -55,14 +95,12 @@ class Descent:
         if self.scaler is None:
             self.optimizer.step()
         else:
-            self.scaler.step(self.optimizer)
+            self.scaler.step(self.optimizer)  # type: ignore[arg-type]  # it asks for no more than this one has
             self.scaler.update()
 
     @torch.no_grad()
     def restart(self) -> None:
         """As before the first step, in the memory that is there, since graphs hold where it lies."""
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
+        self.optimizer.restart()
         if self.scaler is not None:
             self.scaler.load_state_dict(self.fresh)

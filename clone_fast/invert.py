@@ -123,6 +123,8 @@ def invert(
     )
     where = choose_device(device)
     search, settings = settled(search, where), settled(settings, where)
+    if where.type == "cuda":  # whose work the host waits for
+        metrics.load_ahead()
     with _clock(seconds, "load", where):
         opened = open_network(network, discriminator, where)
         generator, judge = opened.network.generator, opened.network.discriminator

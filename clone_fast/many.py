@@ -28,6 +28,7 @@ from clone_fast.stepwise import Pause, Steps
 from clone_fast.tweak import TweakSettings
 
 MOST = 8  # photos at once without a number of the user's: what an iteration needs of a GPU leaves no room for more
+AHEAD = 8  # iterations that a photo launches in its turn: the GPU has them while the host is busy with another photo
 
 Result = Inversion | CloneFastError
 
@@ -201,7 +202,7 @@ class _Window:
             raise KeyboardInterrupt
 
     def _round(self) -> bool:
-        """Begin photos while there is room, then advance each by a step. False: there is nothing left to do."""
+        """Begin photos while there is room, then advance each by a few steps. False: there is nothing left to do."""
         while len(self.live) < self.at_once and self._begin():
             pass
         for job in tuple(self.live):
@@ -230,9 +231,13 @@ class _Window:
             place.follow()
 
     def _advance(self, job: _Job, interrupt: KeyboardInterrupt | None = None) -> None:
-        """One step of a photo, and what follows if it ends it."""
+        """A few steps of a photo, up to where it would wait for the GPU, and what follows if it ends."""
         try:
             got = job.advance(interrupt)
+            for _ in range(1, AHEAD):
+                if got is not Pause.STEP:
+                    break
+                got = job.advance()
         except torch.OutOfMemoryError:
             got = MemoryLimitError(full("invert", self.opened.network.arch, self.device, self.settings))
         if (got is Pause.FULL or isinstance(got, MemoryLimitError)) and len(self.live) > 1 and not self.stopping:
@@ -266,5 +271,5 @@ class _Window:
         for job in tuple(self.live):
             if job.pause is None or getgeneratorstate(job.steps) == GEN_CLOSED:
                 self.live.remove(job)  # it has nothing to give: interrupted while it was loaded or measured
-            elif job.pause is Pause.STEP:
+            elif job.pause in (Pause.STEP, Pause.READ):
                 self._advance(job, KeyboardInterrupt())

@@ -21,6 +21,8 @@ class Pause(Enum):
     STEP = auto()
     """An iteration was launched, not waited for. KeyboardInterrupt thrown in here ends the loop with its best so far,
     without another pause."""
+    READ = auto()
+    """The same, and what comes next reads its values, which waits for it."""
     MEASURE = auto()
     """A part of the measuring was launched; an interruption here would lose the result."""
     FULL = auto()

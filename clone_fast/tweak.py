@@ -130,7 +130,7 @@ def tweak(
             if due:
                 keeper.look()
             values = work.step()
-            yield Pause.STEP  # before the read, which waits for what was launched
+            yield Pause.READ if due else Pause.STEP
             if not due:
                 continue
             fresh = "psnr" in values  # an iteration without the local term says nothing new of the clone

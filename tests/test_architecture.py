@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,14 +40,15 @@ ANY = "*"
 HOUSE = (
     Layer("errors", packages=""),
     Layer("_layout", packages=""),
+    Layer("_compiler", packages=""),
     Layer("files", packages=""),
     Layer("stepwise", packages=""),
     Layer("reference", packages="torch"),
     Layer("kernels", packages="torch triton"),
     Layer("_C", packages=""),  # csrc, compiled; absent where there is no nvcc
-    Layer("cuda", imports="_C kernels"),  # kernels: how memory is to lie, which both floors want the same way
-    Layer("ops", imports="reference", lazily="kernels cuda _C triton"),
-    Layer("nn", imports="ops"),
+    Layer("cuda", imports="_C _compiler kernels"),  # kernels: how memory is to lie, which both floors want the same way
+    Layer("ops", imports="_compiler reference", lazily="kernels cuda _C triton"),
+    Layer("nn", imports="_compiler ops"),
     Layer("losses", imports="ops"),
     Layer("compat", imports="ops", lazily=ANY),  # a target codebase is imported when it is to be accelerated
     Layer("checkpoints", imports="nn files", lazily="demo", packages="torch numpy safetensors"),
@@ -287,3 +290,18 @@ def documented(name: str, thing: object) -> bool:
         text = vars(thing).get("__doc__") or ""
         return bool(text.strip()) and not text.startswith(f"{name}(")
     return bool(inspect.getdoc(thing))
+
+
+def test_importing_is_light() -> None:
+    """What takes longer to import than this package waits until it is wanted."""
+    code = (
+        "import sys; from pathlib import Path; import clone_fast.cli, tiny; from clone_fast import invert; "
+        "light = [name for name in ('torch._dynamo', 'torchmetrics', 'triton') if name in sys.modules]; "
+        "invert(tiny.photo(), tiny.network(), latent_steps=1, steps=1, device='cpu'); "
+        "print(light, 'torch._dynamo' in sys.modules)"
+    )
+    path = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.split("\n")[-2] == "[] False"

@@ -79,7 +79,7 @@ def test_a_curve_tells_when_it_was_how_near() -> None:
 
 def lines(*ms: float, **last: Any) -> list[dict[str, Any]]:
     made = [
-        {"iterations": 100 * (i + 1), "ms": one, "reserved_gb": 4.0, "finite": True, "loss": 1.0}
+        {"iterations": 100 * (i + 1), "ms": one, "allocated_gb": 1.0, "reserved_gb": 4.0, "finite": True, "loss": 1.0}
         for i, one in enumerate(ms)
     ]
     made[-1] |= last
@@ -95,6 +95,7 @@ def test_a_flat_run_has_no_complaint() -> None:
     [
         (lines(90, 30, 30, 31, 32, 33), "slower: 32.50 ms"),
         (lines(90, 30, 30, 30, 30, reserved_gb=4.1), "memory grew: 4.100 GB reserved, 4.000 after the first 200"),
+        (lines(90, 30, 30, 30, 30, allocated_gb=1.001), "memory grew: 1.001 GB allocated, 1.000 after the first 200"),
         (lines(90, 30, 30, 30, 30, finite=False), "not finite at iteration 500"),
         (lines(90, 30, 30, 30, 30, loss=float("nan")), "not finite at iteration 500"),
     ],

@@ -14,6 +14,7 @@ import torch
 from tiny import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor
 
+from clone_fast.descent import FusedAdam
 from clone_fast.errors import DivergenceError, SettingsError
 from clone_fast.latent import Latent, LatentSettings, Outcome, optimise
 from clone_fast.latent.optimise import noise_structure
@@ -330,13 +331,13 @@ def test_nan_from_the_first_step_on_is_an_error(monkeypatch: pytest.MonkeyPatch)
 def test_nan_on_the_way_gives_the_last_good_latent(monkeypatch: pytest.MonkeyPatch) -> None:
     net = tiny.network()
     want: list[Tensor] = []
-    step = torch.optim.Adam.step
+    step = FusedAdam.step
 
-    def watched(self: torch.optim.Adam) -> None:
+    def watched(self: FusedAdam) -> None:
         want.append(self.param_groups[0]["params"][0].detach().clone())
         step(self)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    monkeypatch.setattr(FusedAdam, "step", watched)
     spoil(monkeypatch, net.generator, at=6)
     done = run(net)
     assert [row["step"] for row in done.rows] == [1, 4, 8]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -110,6 +111,17 @@ def test_iterations_take_turns_and_a_photo_that_ends_makes_room() -> None:
     live = [set(watch.seen[i:]) & set(watch.seen[: i + 1]) for i in range(len(watch.seen))]
     assert max(map(len, live)) == 2
     assert any(one != other for one, other in zip(watch.seen, watch.seen[1:], strict=False))
+
+
+@pytest.mark.parametrize("every", [1, 4, 100])
+def test_a_turn_goes_up_to_the_next_read(every: int) -> None:
+    """Or for so many iterations, if none is read: what a photo waits for, the GPU has been given by the others."""
+    watch, s = Watch(), {"mode": "recon", "steps": 20, "check_every": every}
+    asked = options(**s) | {"latent_steps": 0}
+    list(invert_each(PHOTOS[:2], tiny.network(), at_once=2, similarity=watch, **asked))
+    turns = [len(list(group)) for _, group in itertools.groupby(watch.seen)]
+    assert turns[:4] == {1: [1] * 4, 4: [1, 1, 3, 3], 100: [1, 1, many.AHEAD, many.AHEAD]}[every]
+    assert sum(turns) == 40
 
 
 def test_photos_are_read_as_there_is_room() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,15 +12,16 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from played import PlayedGraphs
 from tiny import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from clone_fast import memory
+from clone_fast import capture, memory
 from clone_fast.errors import MemoryLimitError
 from clone_fast.latent import optimise as search
 from clone_fast.latent.optimise import LatentSettings
 from clone_fast.nn import Architecture
-from clone_fast.tweak import TweakSettings, tweak
+from clone_fast.tweak import Tweak, TweakSettings, tweak
 
 PHOTO = tiny.photo()
 ARCH = Architecture()
@@ -81,6 +85,42 @@ def test_a_search_that_does_not_fit(at: int, monkeypatch: pytest.MonkeyPatch) ->
         found = search(net.generator, PHOTO, s)
     assert [row["step"] for row in found.rows] == [1, 2, 4]
     assert bool(found.latent.ws.isfinite().all())
+
+
+class NoRoom(PlayedGraphs):
+    """Graphs that do not fit."""
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_graph_that_does_not_fit_ends_the_tweak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eager iteration would need no less."""
+    net = tiny.network()
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, "graphs_of", lambda device: NoRoom())
+        args = (net.generator, net.discriminator, tiny.latent(net), PHOTO, tiny.settings(steps=9, r1_gamma=0.0))
+        with pytest.warns(RuntimeWarning, match="does not fit .* the weights of the last check are kept") as told:
+            done = tweak(*args)
+    assert (done.stopped, done.steps, len(done.rows), len(told)) == ("memory", 2, 1, 1)
+
+
+def test_what_was_half_made_is_gone_when_free_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, made = tiny.network(), list[weakref.ref[Any]]()
+
+    def restart(self: Tweak, *args: Any, **more: Any) -> None:
+        made.append(weakref.ref(self))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def free(device: torch.device) -> int:
+        gc.collect()
+        assert made[0]() is None
+        return 1000
+
+    monkeypatch.setattr(Tweak, "restart", restart)
+    monkeypatch.setattr(memory, "free_bytes", free)
+    with pytest.raises(MemoryLimitError, match="use a smaller network"):
+        tweak(net.generator, net.discriminator, tiny.latent(net), PHOTO, tiny.settings())
 
 
 def test_the_advice_names_the_largest_batch_that_fits() -> None:

@@ -6,6 +6,7 @@ import copy
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from networks import CONDITIONAL, TINY, randomised
 from spec_leaf import steps
 from torch import Tensor, nn
 
-from clone_fast.nn import PRECISIONS, Architecture, Discriminator, Generator, Precision
+from clone_fast.latent import LatentSettings
+from clone_fast.nn import PRECISIONS, Architecture, Discriminator, Generator, Precision, settled
 from clone_fast.nn.layers import Conv2dLayer, in_one_go
 from clone_fast.nn.tables import bias_table, style_table
 from clone_fast.ops import dispatch
 from clone_fast.ops.dispatch import Leaf
+from clone_fast.settings import TweakSettings
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -297,3 +300,14 @@ def test_launches_of_config_f(dtype: torch.dtype) -> None:
     assert found["G", True] <= (186 if half else 154)
     assert found["D", False] <= (80 if half else 50)
     assert found["D", True] <= (165 if half else 105)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "want"), [("cpu", 9, "tf32"), ("cuda", 9, "bf16"), ("cuda", 7, "tf32")]
+)
+def test_a_device_s_own_precision(device: str, capability: int, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    for settings in (TweakSettings(), LatentSettings()):
+        assert settled(settings, torch.device(device)).precision == want
+        asked = replace(settings, precision="fp16")
+        assert settled(asked, torch.device(device)) is asked

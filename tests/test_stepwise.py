@@ -110,8 +110,19 @@ def test_an_interrupted_inversion_ends_without_another_pause() -> None:
     for pauses in (1, 3):  # in the search, in the tweak
         steps = invert.steps(PHOTO, tiny.network(), device="cpu", latent_settings=search, tweak_settings=s)
         for _ in range(pauses):
-            assert next(steps) is Pause.STEP
+            assert next(steps) in (Pause.STEP, Pause.READ)
         with pytest.raises(StopIteration) as end:
             steps.throw(KeyboardInterrupt())
         assert end.value.value.settings["interrupted"] is True
         assert end.value.value.metrics["psnr"] is not None
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_read_is_announced(every: int) -> None:
+    """So that who goes round several loops knows which one would wait."""
+    s = tiny.settings(steps=6, check_every=every)
+    search = tiny.LatentSettings(steps=6, start_samples=8, check_every=every)
+    steps = invert.steps(PHOTO, tiny.network(), device="cpu", latent_settings=search, tweak_settings=s)
+    found = [pause for pause in steps if pause is not Pause.MEASURE]
+    want = [Pause.READ] * 6 if every == 1 else [Pause.READ, Pause.STEP, Pause.READ, Pause.STEP, Pause.STEP, Pause.READ]
+    assert found == want * 2

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clone_fast import _C
+from clone_fast._compiler import constant_result
 from clone_fast.cuda import DTYPES, dtype_reason, epilogue_reason, on_16_bytes, pointer, stream
 from clone_fast.cuda.modulated_conv2d import _channels_last, _in_layout_of, _number
 from clone_fast.kernels._dense import SLOPES
@@ -62,7 +63,7 @@ def _weight_reason(weight: Tensor, down: int) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _device_reason(device: int) -> str | None:
     """A compiler does not ask devices."""
     major, minor = torch.cuda.get_device_capability(device)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from clone_fast import _C
+from clone_fast._compiler import constant_result
 from clone_fast.cuda import DTYPES, dtype_reason, on_16_bytes, stream
 from clone_fast.kernels._dense import layout_of
 
@@ -31,7 +32,7 @@ def supports_strided(x: Tensor, weight: Tensor, transposed: bool) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _fits(device: int, transposed: bool, in_channels: int, out_channels: int) -> bool:
     """A compiler does not look into the extension."""
     found: bool = _C.strided_conv_fits(device, transposed, in_channels, out_channels)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clone_fast import _C
+from clone_fast._compiler import constant_result
 from clone_fast.cuda import DTYPES, dtype_reason, epilogue_reason, pointer, stream
 from clone_fast.cuda._finish import composes, launch_finish, supports_finish
 from clone_fast.cuda._strided_conv import launch_strided, supports_strided
@@ -156,7 +157,7 @@ def _wgrad3x3(a: Tensor, b: Tensor, per_sample: bool, partials: int, portable: b
     return y if per_sample else y[0]
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _fits(kernel: str, device: int, from_channels: int, to_channels: int) -> bool:
     """Whether a kernel runs on this device; a compiler does not look into the extension."""
     found: bool = getattr(_C, kernel)(device, from_channels, to_channels)

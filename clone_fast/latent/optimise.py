@@ -283,7 +283,7 @@ def optimise(
                 if due:
                     keeper.look()
                 work.step()
-                yield Pause.STEP  # before the read, which waits for what was launched
+                yield Pause.READ if due else Pause.STEP
                 if not due:
                     continue
                 row = record.add(step, **work.board.slots)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clone_fast._compiler import constant_result
 from clone_fast.nn.architecture import Architecture
 
 COUNTS = ("img_resolution", "img_channels", "channel_base", "channel_max", "mbstd_num_channels")
@@ -45,7 +46,7 @@ def _shape(arch: Architecture) -> tuple[int, ...]:
     return tuple(getattr(arch, name) for name in COUNTS)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _table(name: str, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
     """shape: the arguments of an architecture that count here. A compiler keeps the result as a constant."""
     key = name, shape, device

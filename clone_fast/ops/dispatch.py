@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clone_fast._compiler import constant_result
 from clone_fast.errors import BackendError
 
 OPS = ("bias_act", "upfirdn2d", "modulated_conv2d", "laplacian_pyramid")
@@ -114,7 +115,7 @@ def _find(op: str, name: str) -> Leaf | str:
     raise ValueError(f"no leaves on backend {name!r}")
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _load(op: str, name: str) -> None:
     """Fill the table; a compiler does not look into imports."""
     if (op, name) not in _leaves:
@@ -127,13 +128,13 @@ def leaf(op: str, name: str) -> Leaf | str:
     return _leaves[op, name]
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _configured() -> str:
     """What `with backend(...)` or the environment ask for; a compiled graph keeps what stood when it was traced."""
     return _scoped.get() or _checked(os.environ.get("CLONE_FAST_BACKEND") or "auto")
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _candidates(op: str) -> tuple[str, ...]:
     """The backends of this installation that "auto" tries for an op, best first."""
     return tuple(name for name in PREFERENCE if not isinstance(leaf(op, name), str))
@@ -190,7 +191,7 @@ def _note(op: str, name: str, args: tuple[Any, ...]) -> None:
         notes.append(found.describe(args))
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def step_backend(op: str, step: str) -> str:
     """The first backend whose leaf has a step that runs whatever the arguments are; "reference" where none has."""
     for name in PREFERENCE:

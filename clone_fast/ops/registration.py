@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clone_fast._compiler import constant_result
 from clone_fast.reference.convolution import fast_double_backward
 
 LIBRARY = torch.library.Library("clone_fast", "DEF")
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _has_autocast(kind: str) -> bool:
     """PyTorch 2.11's compiler does not trace this question."""
     return torch.amp.is_autocast_available(kind)
