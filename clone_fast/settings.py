@@ -32,7 +32,7 @@ class TweakSettings:
         saturating: the generator's adversarial terms as the formula stands, log(1 - D), instead of -log D.
         one_pass: G's adversarial terms by the pass through D that D's own update takes, which spares a forward and a
             backward; their gradient is that of `Adversary.turn`, near but not exact. False, and in float16: by a pass
-            of their own through the updated D, as in the paper.
+            of their own through the updated D, as in the paper; better without the paired term (see the README).
         tune_mapping: move the mapping network as well; the latent is fixed, so only the cohesion terms would.
         precision: what both networks compute in, "fp32", "tf32", "bf16" or "fp16"; weights are float32 in any case.
             None: bf16 on a GPU that has it, elsewhere tf32, which on a CPU is float32.
