@@ -99,8 +99,8 @@ class Tweak:
         if self.adversary is not None:
             self.adversary.restart()
         self.draws.restart(seed)
-        self.board.clear()
         rehearse(photo.device, self.iterate.kind, self._rehearse)  # now, before any network is run
+        self.board.clear()
         with self.precision.active():
             drawn = _synthesise(self.original, [latent.ws], [], [], latent.noise, self.settings)
             torch.sub(photo, drawn, out=self.offset)

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from clone_fast import ops
+from clone_fast.losses import r1_penalty
 from clone_fast.nn import Architecture, Discriminator, Generator
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("which", ["generator", "discriminator"])
+@pytest.mark.parametrize("which", ["generator", "discriminator", "R1 of a discriminator"])
 def test_a_network_is_that_of_the_reference(which: str) -> None:
-    """The demo's size, in float32: result and all gradients; automatic choice, no fallback."""
+    """The demo's size, in float32: result and all gradients, for R1 the second ones; automatic choice, no fallback."""
     torch.manual_seed(0)
     arch = Architecture(img_resolution=64, z_dim=32, w_dim=32, channel_base=2048, channel_max=64)
     network = (Generator if which == "generator" else Discriminator)(arch).cuda().requires_grad_()
@@ -28,7 +29,7 @@ def test_a_network_is_that_of_the_reference(which: str) -> None:
     for name, dtype in (("reference", torch.float64), ("reference", torch.float32), ("auto", torch.float32)):
         copy = deepcopy(network).to(dtype)
         with ops.backend(name):
-            y = copy(x.to(dtype), None)
+            y = r1_penalty(copy, x.to(dtype)) if which.startswith("R1") else copy(x.to(dtype), None)
             y.square().mean().backward()
         grads = {key: p.grad for key, p in copy.named_parameters() if p.grad is not None}
         # Each noise strength is one sum that may cancel out: together they are a vector like the others.
