@@ -138,7 +138,7 @@ def test_three_steps_are_those_of_the_tweak(mode: str) -> None:
     net, module = tiny.network(resolution=RESOLUTION), steps()
     ws, photo = inputs(net, 1)
     real = torch.rand(1, 3, RESOLUTION, RESOLUTION).repeat(3, 1, 1, 1)  # all alike: which is picked does not matter
-    settings = module.tweak_settings(mode, batch=4)
+    settings = module.tweak_settings(mode, batch=4, one_pass=False)
     work = Tweak(
         net.generator, net.discriminator, Latent(ws), photo, settings, real_images=real if mode == "clone" else None
     )
