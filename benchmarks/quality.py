@@ -42,7 +42,7 @@ class Row:
     tweak: dict[str, Any] | None = None  # None: the latent alone
 
 
-PAPER = {"paired_weight": 0.0, "edit_weight": 0.0, "one_pass": False}  # without this project's additions
+PAPER = {"paired_weight": 0.0, "edit_weight": 0.0, "one_pass": False}  # its method alone
 ROWS = (
     Row("latent only, W", space="w"),
     Row("latent only, W+"),

@@ -111,7 +111,7 @@ class Tweak:
 
     def judged(self) -> list[Tensor]:
         """What the discriminator's descent moves."""
-        return [] if self.adversary is None else list(self.adversary.discriminator.parameters())
+        return [] if self.adversary is None else self.adversary.descent.tensors
 
     def step(self, rate: float | None = None) -> dict[str, Tensor]:
         """One iteration, with the learning rates of its place on the ramp, or times `rate`; reads nothing back.
@@ -128,9 +128,9 @@ class Tweak:
             if self.real.is_cuda and not chosen.is_cuda:
                 chosen = chosen.pin_memory()  # or the copy would wait for the GPU
             self.real[: len(picked)].copy_(chosen, non_blocking=True)
-        turn = self.adversary is not None and (local or self.settings.cohesion_weight > 0)
+        penalised = self.adversary is not None and self.settings.judges(local) and self.adversary.take_turn()
         with self.precision.active():
-            self.iterate(local, turn and self.adversary is not None and self.adversary.take_turn())
+            self.iterate(local, penalised)
         return self.board.read(self.names[local])
 
     def slow_down(self, factor: float) -> None:
@@ -160,7 +160,7 @@ class Tweak:
         if local:
             values["psnr"] = quick_psnr(images[:1], self.photo)
             terms["recon"] = s.reconstruction_weight * self.reconstruction(images[:1])
-        if self.adversary is not None and (local or s.cohesion_weight > 0):
+        if self.adversary is not None and s.judges(local):
             real = before if self.pool is None else self.real[: len(before)]
             if local:
                 real = torch.cat([self.photo, real])

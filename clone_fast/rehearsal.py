@@ -43,9 +43,8 @@ def rehearse_inversion(
                 seek = Search(generator, photo, search, start=start, seed=0)
                 with seek.precision.active():
                     seek.iterate.rehearse()
-        if settings.steps:
-            with suppress(torch.OutOfMemoryError):
-                Tweak(generator, discriminator, Latent(ws.clone()), photo, settings, **others)  # rehearses by itself
+        with suppress(torch.OutOfMemoryError):
+            Tweak(generator, discriminator, Latent(ws.clone()), photo, settings, **others)  # rehearses by itself
         with suppress(torch.OutOfMemoryError), torch.no_grad():
             for n in MEASURED:
                 images = generator.synthesis(ws.repeat(n, 1, 1))

@@ -102,9 +102,13 @@ class TweakSettings:
         """(with the local term, with R1) of the iterations, in the order in which they may come."""
         found = []
         for local in (True, False) if self.cohesive and self.local_probability < 1 else (True,):
-            turn = self.adversarial and (local or self.cohesion_weight > 0)
-            found += [(local, penalised) for penalised in ((True, False) if turn and self.r1_gamma > 0 else (False,))]
+            regular = self.judges(local) and self.r1_gamma > 0
+            found += [(local, penalised) for penalised in ((True, False) if regular else (False,))]
         return found
+
+    def judges(self, local: bool) -> bool:
+        """Whether the discriminator takes part in an iteration with the local term, or without."""
+        return self.adversarial and (local or self.cohesion_weight > 0)
 
     @property
     def edits(self) -> bool:

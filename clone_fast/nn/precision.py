@@ -63,7 +63,7 @@ class Precision:
 
 def preferred(device: torch.device) -> str:
     """The precision that a device is given where none is asked for: half the time of TF32 at a PSNR within 0.3 dB of
-    float32's (README, "Precision"), where the hardware has it.
+    float32's (the README's table of precisions), where the hardware has it.
     """
     bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
     return "bf16" if bf16 else "tf32"

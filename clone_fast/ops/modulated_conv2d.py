@@ -241,11 +241,11 @@ def _modulated_weights(weight: Tensor, styles: Tensor | None, x: Tensor, *option
     if styles is None and in_order:
         return weight
     # beside, for the sake of its gradient, for which the layers before this one need not wait
+    made: Tensor
     made, _ = beside(
         x.device, "weights", lambda: _weights_op(weight, styles, *options, x.dtype, backend), lambda: None
     )
-    done: Tensor = made
-    return done
+    return made
 
 
 @without_autocast
