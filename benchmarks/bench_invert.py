@@ -174,14 +174,15 @@ def arguments(world: World, out: Path, **options: object) -> list[object]:
 
 
 def test_command(world: World, benchmark: BenchmarkFixture) -> None:
-    """The whole command: nothing compiled, then with Triton's cache as the first left it."""
+    """The whole command: nothing compiled, then with the caches of Triton and of Python as the first left them."""
     (picture,) = world.pictures(1, "one").iterdir()
+    caches = {"TRITON_CACHE_DIR": str(world.folder / "triton"), "PYTHONPYCACHEPREFIX": str(world.folder / "bytecode")}
 
     def run() -> None:
         for row in ("command, nothing compiled", "command"):
             out = world.folder / "command"
             options = arguments(world, out, **{"--steps": STEPS["photo"]})
-            _, seconds = command("invert", picture, *options, TRITON_CACHE_DIR=str(world.folder / "triton"))
+            _, seconds = command("invert", picture, *options, **caches)
             told = json.loads((out / "metrics.json").read_text())
             of_it = {"stages": told["seconds"], "steps": told["steps"], "psnr": told["psnr"]}
             written(row, mode="clone", latent_steps=LATENT, seconds=seconds, **of_it)

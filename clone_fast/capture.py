@@ -23,6 +23,7 @@ from torch import Tensor
 
 from clone_fast.errors import BackendError
 from clone_fast.ops import compile_ahead
+from clone_fast.ops.streams import rejoin
 
 # Of each variant before its capture: kernels are compiled and loaded, optimisers allocate. Not more, since an eager
 # call while there are graphs needs memory beside theirs.
@@ -102,7 +103,11 @@ class CudaGraphs:
         try:
             # thread_local: what other threads of the program ask of CUDA meanwhile does not spoil the capture
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                run()
+                try:
+                    run()
+                except BaseException:
+                    rejoin(self.device)
+                    raise
         except BaseException:
             torch.cuda.set_stream(current)  # a capture that ends in an error leaves its own stream behind
             raise

@@ -131,8 +131,6 @@ def invert(
             judge = usable(require_discriminator(opened.network, opened.name), generator, settings, labels, others)
         target = load_photo(photo, generator.img_resolution, resize=resize, crop=crop).to(where)
         start = _start(latent, generator, where)
-        if where.type == "cuda":  # whose work the host waits for
-            metrics.load_ahead()
         given: dict[str, Any] = {"real_images": others, "label": labels, "similarity": similarity}
         rehearse_inversion(generator, judge, target, search, settings, start=start, **given)
     with _clock(seconds, "latent", where):

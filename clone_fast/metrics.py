@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -212,11 +210,6 @@ def correlation(a: Tensor, b: Tensor) -> float:
     x, y = (t.double().flatten() - t.double().mean() for t in (a, b))
     norm = float(x.norm() * y.norm())
     return float(x @ y) / norm if norm > 0 else 0.0
-
-
-def load_ahead() -> None:
-    """Import the library of the metrics, which takes two seconds, while something else is waited for."""
-    Thread(target=import_module, args=("torchmetrics.functional.image",), daemon=True).start()
 
 
 # ------------------------------------------------------------------------------------------------------------

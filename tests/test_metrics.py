@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -316,10 +315,3 @@ def test_tensor_float_32_does_not_reach_ssim() -> None:
         assert metrics.ssim(a.cuda(), b.cuda()) == pytest.approx(metrics.ssim(a, b), abs=1e-5)
     finally:
         torch.backends.cudnn.allow_tf32 = False
-
-
-def test_the_library_is_imported_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    imported: Queue[str] = Queue()
-    monkeypatch.setattr(metrics, "import_module", imported.put)
-    metrics.load_ahead()
-    assert imported.get(timeout=10) == "torchmetrics.functional.image"

@@ -6,8 +6,8 @@ same time, which costs nothing there; launched kernel by kernel, the host is slo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -16,10 +16,15 @@ First = TypeVar("First")
 Second = TypeVar("Second")
 
 
-@functools.cache
+_lanes: dict[tuple[torch.device, int, str], torch.cuda.Stream] = {}
+
+
 def _beside(device: torch.device, stream: int, lane: str) -> torch.cuda.Stream:
     """A stream beside this one, the same every time; one lane does not wait for another."""
-    return torch.cuda.Stream(device)
+    key = device, stream, lane
+    if key not in _lanes:
+        _lanes[key] = torch.cuda.Stream(device)
+    return _lanes[key]
 
 
 def beside(
@@ -41,3 +46,19 @@ def beside(
     two = meanwhile()
     current.wait_stream(other)
     return one, two
+
+
+def rejoin(device: torch.device) -> None:
+    """After an error in a capture: the current stream waits for every lane that takes part, or it could not end.
+
+    A capture that ends with lanes of its own under way is an error itself, which would hide the first one and keep
+    the memory of the graph.
+    """
+    current = torch.cuda.current_stream(device)
+    for (where, _, _), lane in list(_lanes.items()):
+        if where == device and lane != current:
+            with torch.cuda.stream(lane):
+                takes_part = torch.cuda.is_current_stream_capturing()
+            if takes_part:
+                with suppress(RuntimeError):  # a capture that CUDA has given up already has nothing to wait for
+                    current.wait_stream(lane)
