@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from clone_fast._layout import mount_kernels
 from clone_fast.checkpoints import load_generator, load_network, save_network
+from clone_fast.compat import install, installed, uninstall
 from clone_fast.errors import CloneFastError
 from clone_fast.inversion import Inversion
 from clone_fast.invert import invert
@@ -44,6 +45,8 @@ __all__ = [
     "backend",
     "bias_act",
     "explain",
+    "install",
+    "installed",
     "invert",
     "invert_each",
     "invert_many",
@@ -54,5 +57,6 @@ __all__ = [
     "modulated_conv2d",
     "save_network",
     "setup_filter",
+    "uninstall",
     "upfirdn2d",
 ]

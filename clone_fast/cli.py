@@ -1,4 +1,4 @@
-"""The command line: invert, invert-folder, edit, info, convert, demo.
+"""The command line: invert, invert-folder, edit, info, convert, demo, run.
 
 What a user can get wrong is one line on stderr and exit code 2, before anything is written; an unexpected
 exception keeps its traceback. Ctrl-C during an inversion keeps the best so far, writes everything and exits
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from clone_fast.checkpoints import load_network, save_network, save_rosinality
+from clone_fast.compat.script import run_script
 from clone_fast.edit import SUFFIXES, load_directions, pca_directions, resolve_direction, standardise
 from clone_fast.errors import CloneFastError, OutputError
 from clone_fast.inversion import NETWORKS, Inversion
@@ -42,7 +43,22 @@ class Failure(click.ClickException):
     exit_code = 2
 
 
+class _Script(Exception):
+    """A script to run, handed out of click: what that makes of Ctrl-C or EOFError is not what Python does."""
+
+    def __init__(self, target: str, args: tuple[str, ...], **options: bool) -> None:
+        self.target, self.args_of_script, self.options = target, args, options
+
+
 class _Group(click.Group):
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except _Script as handed_out:
+            script = handed_out
+        run_script(script.target, script.args_of_script, **script.options)
+        return None
+
     def invoke(self, ctx: click.Context) -> Any:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -95,8 +111,12 @@ def invert(photo: Path, out: Path, **options: Any) -> None:
 @main.command("invert-folder")
 @click.argument("photos", type=click.Path(path_type=Path))
 @options("network", "discriminator", "out", "label", "real-images", "resize", *RUN)
-@click.option("--at-once", metavar="K", type=click.IntRange(min=1),
-              help="Photos that a process inverts at a time; default: as it sees fit.")
+@click.option(
+    "--at-once",
+    metavar="K",
+    type=click.IntRange(min=1),
+    help="Photos that a process inverts at a time; default: as it sees fit.",
+)
 @click.option("--networks", type=click.Choice(NETWORKS), default="both", show_default=True,
               help="Tweaked networks to keep, at 1024x1024 250 MB a photo; generator: half as much, enough for edit; "
                    "none: pictures, latent and numbers alone.")  # fmt: skip
@@ -187,6 +207,22 @@ def convert(source: Path, target: Path, force: bool) -> None:
     else:
         save_rosinality(network, target, strict=not force)
     click.echo(target)
+
+
+@main.command(context_settings={"allow_interspersed_args": False})
+@click.option("-m", "module", is_flag=True, help="SCRIPT is the name of a module, as for python -m.")
+@click.option("--report", is_flag=True, help="Say at the end, on stderr, what was replaced and what was left alone.")
+@click.argument("script")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def run(script: str, args: tuple[str, ...], **options: bool) -> None:
+    """Run another codebase's SCRIPT on our ops.
+
+    As `python SCRIPT ARGS...` does, with clone_fast.install() before: PTI, stylegan2-ada-pytorch, stylegan3,
+    rosinality's StyleGAN2 and what grew from them need no change, and compile nothing.
+    """
+    if not options["module"] and not Path(script).exists():
+        raise Failure(f"{script}: no such script")
+    raise _Script(script, args, **options)
 
 
 @main.command()

@@ -1,0 +1,257 @@
+"""`install`: find what is known in the modules that are there and in those to come, and put our ops in its place."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from clone_fast.compat import nvidia, rosinality
+from clone_fast.compat.bindings import Bindings
+from clone_fast.compat.imports import ImportHook
+from clone_fast.compat.plugins import Plugins
+from clone_fast.compat.replacement import replacement
+from clone_fast.compat.report import Replaced, Report
+from clone_fast.compat.signatures import home, parameters
+from clone_fast.compat.trial import Case, Untried, tried
+
+__all__ = ["install", "installed", "uninstall"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """A function of one family.
+
+    Attributes:
+        serve: ours, of the same signature.
+        cases: the trial of what it means.
+        beside: names that its module has, too.
+    """
+
+    serve: Callable[..., Any]
+    cases: Callable[[], Iterable[Case]]
+    beside: tuple[str, ...] = ()
+
+
+FUNCTIONS: dict[str, tuple[Known, ...]] = {
+    "bias_act": (Known(nvidia.bias_act, nvidia.bias_act_cases, ("activation_funcs",)),),
+    "upfirdn2d": (
+        Known(nvidia.upfirdn2d, nvidia.upfirdn2d_cases, ("setup_filter", "_parse_padding")),
+        Known(rosinality.upfirdn2d, rosinality.upfirdn2d_cases),
+    ),
+    "conv2d_resample": (Known(nvidia.conv2d_resample, nvidia.conv2d_resample_cases),),
+    "modulated_conv2d": (Known(nvidia.modulated_conv2d, nvidia.modulated_conv2d_cases),),
+    "fused_leaky_relu": (Known(rosinality.fused_leaky_relu, rosinality.fused_leaky_relu_cases, ("FusedLeakyReLU",)),),
+}
+# Of these a copy that cannot be tried here is known by its signature and its module; of the others, by a trial alone.
+SIMPLE = ("bias_act", "upfirdn2d", "fused_leaky_relu")
+
+CONVOLUTION = "ModulatedConv2d"  # rosinality's class
+FORWARDS = {"self, input, style": False, "self, input, style, weights_delta=None": True}  # the latter HyperStyle's
+LEFT = {"filtered_lrelu": "no op of ours: StyleGAN3's own"}
+
+
+class Installation:
+    """All that one `install` did, and what undoes it."""
+
+    def __init__(self) -> None:
+        self.report = Report()
+        self._bindings = Bindings()
+        self._plugins = Plugins()
+        self._hook = ImportHook(self.look)
+        self._considered: dict[int, object] = {}  # functions that were tried, kept so that an id stays one's own
+
+    def begin(self) -> None:
+        """Look at what is imported already, and from now on at what will be."""
+        self._hook.install()
+        for module in list(sys.modules.values()):
+            if isinstance(module, ModuleType):
+                self.look(module)
+
+    def end(self) -> None:
+        """As if it had never been."""
+        self._hook.uninstall()
+        self._bindings.restore()
+        self._plugins.forget()
+        for entry in self.report.replaced.values():
+            entry.active = False
+
+    def look(self, module: ModuleType) -> None:
+        """Replace what is known in this module. Harmless where it was done before."""
+        names = vars(module)
+        name = names.get("__name__")
+        if not isinstance(name, str) or name.partition(".")[0] == "clone_fast":
+            return
+        if name == "torch.utils.cpp_extension":
+            self._replace_plain(name, names["load"], self._plugins.load, "known extensions, nothing compiled")
+        if "get_plugin" in names and "verbosity" in names:
+            self._replace_plain(name, names["get_plugin"], self._plugins.get_plugin, "known extensions")
+        for function in names.keys() & FUNCTIONS.keys():
+            self._consider_function(module, function, names[function])
+        for function in names.keys() & LEFT.keys():
+            if callable(names[function]) and home(names[function]) == name:
+                self.report.left_alone.setdefault(f"{name}.{function}", LEFT[function])
+        if isinstance(names.get(CONVOLUTION), type):
+            self._consider_convolution(module, names[CONVOLUTION])
+        if "_src_to_module_dict" in names and "_reconstruct_persistent_obj" in names:
+            self._watch_pickles(names, names["_reconstruct_persistent_obj"])
+
+    def _replace_plain(self, module: str, theirs: Any, serve: Callable[..., Any], by: str) -> None:
+        if not self._bindings.is_ours(theirs) and home(theirs) == module:
+            where = f"{module}.{theirs.__name__}"
+            entry = self.report.replaced.setdefault(where, Replaced(where, by, "others go to the original"))
+            self._bindings.exchange(theirs, replacement(theirs, serve, entry))
+
+    def _consider_function(self, module: ModuleType, name: str, theirs: Any) -> None:
+        where = f"{module.__name__}.{name}"
+        if not callable(theirs) or home(theirs) != module.__name__ or self._was_considered(theirs):
+            return  # a module, or at home elsewhere, or done
+        signature = parameters(theirs)
+        known = next((one for one in FUNCTIONS[name] if signature in _spellings(one.serve)), None)
+        if known is None:
+            self._leave(where, f"its signature is unknown: ({signature})")
+            return
+        missing = [other for other in known.beside if not hasattr(module, other)]
+        if missing:
+            self._leave(where, f"its module has no {', '.join(missing)}")
+            return
+        evidence = self._evidence(where, theirs, known.serve, known.cases, name in SIMPLE)
+        if evidence is None:
+            return
+        self.report.left_alone.pop(where, None)
+        entry = self.report.replaced[where] = Replaced(where, f"clone_fast.{known.serve.__name__}", evidence)
+        self._bindings.also_in(module)
+        self._bindings.exchange(theirs, replacement(theirs, known.serve, entry))
+
+    def _consider_convolution(self, module: ModuleType, kind: type) -> None:
+        where = f"{module.__name__}.{CONVOLUTION}"
+        forward = vars(kind).get("forward")
+        if kind.__module__ != module.__name__ or not issubclass(kind, nn.Module) or forward is None:
+            return
+        if self._was_considered(forward):
+            return
+        signature = parameters(forward)
+        if signature not in FORWARDS:
+            self._leave(where, f"the signature of its forward is unknown: ({signature})")
+            return
+        with_delta = FORWARDS[signature]
+        cases = functools.partial(rosinality.modulated_conv2d_cases, kind, with_delta)
+        evidence = self._evidence(where, forward, rosinality.modulated_conv2d, cases, False)
+        if evidence is None:
+            return
+        entry = self.report.replaced[where] = Replaced(where, "clone_fast.modulated_conv2d", evidence)
+        ours = replacement(forward, rosinality.modulated_conv2d, entry)
+        self._bindings.exchange_method(kind, "forward", forward, ours)
+
+    def _was_considered(self, function: object) -> bool:
+        before = self._bindings.is_ours(function) or id(function) in self._considered
+        self._considered[id(function)] = function
+        return before
+
+    def _evidence(
+        self,
+        where: str,
+        theirs: Callable[..., Any],
+        ours: Callable[..., Any],
+        cases: Callable[[], Iterable[Case]],
+        simple: bool,
+    ) -> str | None:
+        try:
+            difference = tried(theirs, ours, cases)
+        except Untried as error:
+            if simple:
+                return f"by its signature and module; it cannot be tried here: {error}"
+            self._leave(where, f"it cannot be tried here: {error}")
+            return None
+        if difference is None:
+            return "signature known, the same in a trial"
+        self._leave(where, f"it differs from ours: {difference}")
+        return None
+
+    def _leave(self, where: str, reason: str) -> None:
+        self.report.left_alone[where] = reason
+
+    def _watch_pickles(self, names: dict[str, Any], theirs: Callable[..., Any]) -> None:
+        """A pickle of NVIDIA's brings its source; the modules that are made of it are in a dictionary of theirs."""
+        sources = names["_src_to_module_dict"]
+
+        def look() -> None:
+            for module in list(sources.values()):
+                if isinstance(module, ModuleType):
+                    self.look(module)
+
+        if not self._bindings.is_ours(theirs):
+
+            @functools.wraps(theirs)
+            def reconstruct(*args: Any, **kwargs: Any) -> Any:
+                made = theirs(*args, **kwargs)
+                if self is _current:
+                    look()
+                return made
+
+            self._bindings.exchange(theirs, reconstruct)
+        look()
+
+
+def _spellings(serve: Callable[..., Any]) -> tuple[str | None, ...]:
+    """The signature, and as older versions have it: the bias compulsory."""
+    signature = parameters(serve)
+    if serve is rosinality.fused_leaky_relu and signature is not None:
+        return signature, signature.replace("bias=None", "bias")
+    return (signature,)
+
+
+_current: Installation | None = None
+_lock = threading.RLock()
+
+
+def install() -> Report:
+    """Make StyleGAN2 codebases fast that are imported, or will be: their ops, and the builds of these, become ours.
+
+    Served are stylegan2-ada-pytorch, stylegan3's StyleGAN2 networks, rosinality's stylegan2-pytorch, and what carries
+    copies of them (PTI, e4e, pSp, ReStyle, HyperStyle, GANInverter, MyStyle, ...):
+
+    - extensions that they would compile are answered, so that importing needs neither nvcc nor ninja nor a GPU;
+    - upfirdn2d, bias_act, fused_leaky_relu and conv2d_resample, wherever they are bound;
+    - modulated_conv2d, also in networks that come out of a pickle with their source, and ModulatedConv2d.forward.
+
+    A function is replaced if its signature and its module are known and if, in a trial on the CPU, it computes what
+    ours does. Everything else is left alone. A call that ours is not made for goes to the original. Nothing that is
+    pickled mentions clone_fast. A second call does nothing and returns the same report.
+
+    Returns:
+        What was replaced and what was left alone, and why; `print` it. It grows while modules are imported.
+    """
+    global _current
+    with _lock:
+        if _current is None:
+            _current = Installation()
+            _current.begin()
+        return _current.report
+
+
+def uninstall() -> None:
+    """Undo `install`: every name is bound to what it was. Without an installation nothing happens."""
+    global _current
+    with _lock:
+        if _current is not None:
+            ended, _current = _current, None
+            ended.end()
+
+
+@contextmanager
+def installed() -> Iterator[Report]:
+    """`install` for the length of a `with` block; inside of an installation it changes nothing."""
+    outermost = _current is None
+    try:
+        yield install()
+    finally:
+        if outermost:
+            uninstall()
