@@ -111,12 +111,8 @@ def invert(photo: Path, out: Path, **options: Any) -> None:
 @main.command("invert-folder")
 @click.argument("photos", type=click.Path(path_type=Path))
 @options("network", "discriminator", "out", "label", "real-images", "resize", *RUN)
-@click.option(
-    "--at-once",
-    metavar="K",
-    type=click.IntRange(min=1),
-    help="Photos that a process inverts at a time; default: as it sees fit.",
-)
+@click.option("--at-once", metavar="K", type=click.IntRange(min=1),
+              help="Photos that a process inverts at a time; default: as it sees fit.")
 @click.option("--networks", type=click.Choice(NETWORKS), default="both", show_default=True,
               help="Tweaked networks to keep, at 1024x1024 250 MB a photo; generator: half as much, enough for edit; "
                    "none: pictures, latent and numbers alone.")  # fmt: skip

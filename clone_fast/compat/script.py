@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import os
+import pkgutil
 import runpy
 import sys
 from collections.abc import Sequence
+from importlib.machinery import SourceFileLoader
+from types import ModuleType
 
 from clone_fast.compat.installation import installed
 
@@ -26,14 +30,29 @@ def run_script(target: str, args: Sequence[str] = (), *, module: bool = False, r
     """
     with installed() as account:
         sys.argv[:] = [target, *args]
-        safe_path = getattr(sys.flags, "safe_path", False)  # python -P: no folder of the script's either
-        if not safe_path and (module or os.path.isfile(target)):
-            sys.path[0] = os.getcwd() if module else os.path.dirname(os.path.realpath(target))
+        if not getattr(sys.flags, "safe_path", False):  # python -P: no folder at all
+            del sys.path[0]  # of the command that we are
+            if module:
+                sys.path.insert(0, os.getcwd())
+            elif pkgutil.get_importer(target) is None:
+                sys.path.insert(0, os.path.dirname(os.path.realpath(target)))
         try:
             if module:
                 runpy.run_module(target, run_name="__main__", alter_sys=True)
-            else:
+            elif pkgutil.get_importer(target) is None:
+                _run_file(os.path.abspath(target))
+            else:  # a folder or a zip, which run_path puts onto sys.path
                 runpy.run_path(target, run_name="__main__")
         finally:
             if report:
                 print(account, file=sys.stderr)
+
+
+def _run_file(path: str) -> None:
+    """As `__main__`, which it stays for what runs at exit; runpy would give it another argv[0] or another file."""
+    loader = SourceFileLoader("__main__", path)
+    code = loader.source_to_code(loader.get_data(path), path)
+    main = ModuleType("__main__")
+    vars(main).update(__file__=path, __loader__=loader, __builtins__=builtins)
+    sys.modules["__main__"] = main
+    exec(code, vars(main))
