@@ -188,7 +188,7 @@ def test_convert_there_and_back(world: World, tmp_path: Path) -> None:
 
 
 def test_help_and_module() -> None:
-    for command in ("invert", "demo", "edit", "info", "convert"):
+    for command in ("invert", "demo", "edit", "info", "convert", "run"):
         assert "Usage: " in run(command, "--help").stdout
     shown = subprocess.run([sys.executable, "-m", "clone_fast", "--help"], capture_output=True, text=True, check=True)
     assert "Usage: clone-fast" in shown.stdout

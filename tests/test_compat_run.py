@@ -29,7 +29,8 @@ def test():
     assert type(pickle.loads(pickle.dumps(Thing()))) is Thing
     assert sys.modules["__main__"].__dict__ is globals()
     names = sorted(globals().keys() - {"__cached__", "__annotations__"})  # which not every Python has
-    return {"names": names, "argv": sys.argv, "path": sys.path[0], "name": __name__, "file": __file__, "spec": spec and spec.name}
+    seen = {"argv": sys.argv, "path": sys.path[0], "name": __name__, "file": __file__, "spec": spec and spec.name}
+    return {"names": names, **seen}
 
 if __name__ == "__main__":
     print(json.dumps(test()))

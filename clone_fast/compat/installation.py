@@ -32,23 +32,27 @@ class Known:
     Attributes:
         serve: ours, of the same signature.
         cases: the trial of what it means.
+        op: the one of ours that does the work.
         beside: names that its module has, too.
     """
 
     serve: Callable[..., Any]
     cases: Callable[[], Iterable[Case]]
+    op: str
     beside: tuple[str, ...] = ()
 
 
 FUNCTIONS: dict[str, tuple[Known, ...]] = {
-    "bias_act": (Known(nvidia.bias_act, nvidia.bias_act_cases, ("activation_funcs",)),),
+    "bias_act": (Known(nvidia.bias_act, nvidia.bias_act_cases, "bias_act", ("activation_funcs",)),),
     "upfirdn2d": (
-        Known(nvidia.upfirdn2d, nvidia.upfirdn2d_cases, ("setup_filter", "_parse_padding")),
-        Known(rosinality.upfirdn2d, rosinality.upfirdn2d_cases),
+        Known(nvidia.upfirdn2d, nvidia.upfirdn2d_cases, "upfirdn2d", ("setup_filter", "_parse_padding")),
+        Known(rosinality.upfirdn2d, rosinality.upfirdn2d_cases, "upfirdn2d"),
     ),
-    "conv2d_resample": (Known(nvidia.conv2d_resample, nvidia.conv2d_resample_cases),),
-    "modulated_conv2d": (Known(nvidia.modulated_conv2d, nvidia.modulated_conv2d_cases),),
-    "fused_leaky_relu": (Known(rosinality.fused_leaky_relu, rosinality.fused_leaky_relu_cases, ("FusedLeakyReLU",)),),
+    "fused_leaky_relu": (
+        Known(rosinality.fused_leaky_relu, rosinality.fused_leaky_relu_cases, "bias_act", ("FusedLeakyReLU",)),
+    ),
+    "conv2d_resample": (Known(nvidia.conv2d_resample, nvidia.conv2d_resample_cases, "modulated_conv2d"),),
+    "modulated_conv2d": (Known(nvidia.modulated_conv2d, nvidia.modulated_conv2d_cases, "modulated_conv2d"),),
 }
 # Of these a copy that cannot be tried here is known by its signature and its module; of the others, by a trial alone.
 SIMPLE = ("bias_act", "upfirdn2d", "fused_leaky_relu")
@@ -90,9 +94,11 @@ class Installation:
         if not isinstance(name, str) or name.partition(".")[0] == "clone_fast":
             return
         if name == "torch.utils.cpp_extension":
-            self._replace_plain(name, names["load"], self._plugins.load, "known extensions, nothing compiled")
+            self._replace_plain(name, names["load"], self._plugins.load, "ours for the extensions that we know")
         if "get_plugin" in names and "verbosity" in names:
-            self._replace_plain(name, names["get_plugin"], self._plugins.get_plugin, "known extensions")
+            self._replace_plain(
+                name, names["get_plugin"], self._plugins.get_plugin, "ours for the extensions that we know"
+            )
         for function in names.keys() & FUNCTIONS.keys():
             self._consider_function(module, function, names[function])
         for function in names.keys() & LEFT.keys():
@@ -126,7 +132,7 @@ class Installation:
         if evidence is None:
             return
         self.report.left_alone.pop(where, None)
-        entry = self.report.replaced[where] = Replaced(where, f"clone_fast.{known.serve.__name__}", evidence)
+        entry = self.report.replaced[where] = Replaced(where, f"clone_fast.{known.op}", evidence)
         self._bindings.also_in(module)
         self._bindings.exchange(theirs, replacement(theirs, known.serve, entry))
 
