@@ -30,19 +30,19 @@ def nvidia() -> Iterator[Import]:
         yield module
 
 
-def expected(module: Import) -> tuple[torch.nn.Module, Tensor, list[Tensor]]:
-    network = module("training.networks").Generator()
-    w = torch.randn(2, 3)
+def expected(module: Import, device: str | torch.device = "cpu") -> tuple[torch.nn.Module, Tensor, list[Tensor]]:
+    network = module("training.networks").Generator().to(device)
+    w = torch.randn(2, 3).to(device)
     return network, w, run(network, w)
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_same_results_whenever_it_is_installed(nvidia: Import, before: bool) -> None:
+def test_same_results_whenever_it_is_installed(nvidia: Import, before: bool, device: torch.device) -> None:
     if before:
         clone_fast.install()
     networks = nvidia("training.networks")
     clone_fast.uninstall()
-    network, w, theirs = expected(nvidia)
+    network, w, theirs = expected(nvidia, device)
     report = clone_fast.install()
     assert report.replaced.keys() >= ALL, report
     assert all("the same in a trial" in report.replaced[where].evidence for where in ALL)

@@ -58,10 +58,12 @@ def test_import_compiles_nothing(rosinality: Import, monkeypatch: pytest.MonkeyP
     assert all(report.replaced[where].served for where in OPS | {"model.ModulatedConv2d"}), report
 
 
-def test_same_results_when_installed_after(rosinality: Import, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_results_when_installed_after(
+    rosinality: Import, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     compiled(monkeypatch)
     model, layers = rosinality("model"), rosinality("layers")
-    network, style = model.Generator(), torch.randn(2, 3)
+    network, style = model.Generator().to(device), torch.randn(2, 3).to(device)
     theirs = run(network, style)
     modules = [model, layers, rosinality("op"), rosinality("op.fused_act"), sys.modules["op.upfirdn2d"]]
     before = bindings(*modules)

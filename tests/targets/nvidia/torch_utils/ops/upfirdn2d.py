@@ -27,7 +27,7 @@ def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1, impl="cu
     assert isinstance(x, torch.Tensor)
     assert x.ndim == 4
     assert f is None or f.dtype == torch.float32
-    f = torch.ones([1, 1]) if f is None else f
+    f = torch.ones([1, 1], device=x.device) if f is None else f
     f = f if f.ndim == 2 else f.outer(f)
     (ux, uy), (dx, dy), (x0, x1, y0, y1) = _parse_scaling(up), _parse_scaling(down), _parse_padding(padding)
     n, c, h, w = x.shape
