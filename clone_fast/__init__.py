@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from clone_fast._layout import mount_kernels
 from clone_fast.checkpoints import load_generator, load_network, save_network
-from clone_fast.compat import install, installed, uninstall
+from clone_fast.compat import accelerate, install, installed, uninstall
 from clone_fast.errors import CloneFastError
 from clone_fast.inversion import Inversion
 from clone_fast.invert import invert
@@ -42,6 +42,7 @@ __all__ = [
     "LatentSettings",
     "Network",
     "TweakSettings",
+    "accelerate",
     "backend",
     "bias_act",
     "explain",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clone_fast.compat.installation import install, installed, uninstall
+from clone_fast.compat.installation import accelerate, install, installed, uninstall
 from clone_fast.compat.report import Report
 
-__all__ = ["Report", "install", "installed", "uninstall"]
+__all__ = ["Report", "accelerate", "install", "installed", "uninstall"]

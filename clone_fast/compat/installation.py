@@ -1,4 +1,7 @@
-"""`install`: find what is known in the modules that are there and in those to come, and put our ops in its place."""
+"""Find what is known in other codebases' modules, and put our ops in its place.
+
+`install` looks at all modules that are there and at those to come, `accelerate` at those that a network runs.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,14 @@ from torch import nn
 from clone_fast.compat import nvidia, rosinality
 from clone_fast.compat.bindings import Bindings
 from clone_fast.compat.imports import ImportHook
+from clone_fast.compat.network import classes_of, modules_behind
 from clone_fast.compat.plugins import Plugins
 from clone_fast.compat.replacement import replacement
 from clone_fast.compat.report import Replaced, Report
 from clone_fast.compat.signatures import home, parameters
 from clone_fast.compat.trial import Case, Untried, tried
 
-__all__ = ["install", "installed", "uninstall"]
+__all__ = ["accelerate", "install", "installed", "uninstall"]
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,16 @@ LEFT = {"filtered_lrelu": "no op of ours: StyleGAN3's own"}
 
 
 class Installation:
-    """All that one `install` did, and what undoes it."""
+    """All that `install` and `accelerate` did, and what undoes it.
+
+    Attributes:
+        report: all of it.
+        everywhere: whether `install` was called; else only `accelerate` was.
+    """
 
     def __init__(self) -> None:
         self.report = Report()
+        self.everywhere = False
         self._bindings = Bindings()
         self._plugins = Plugins()
         self._hook = ImportHook(self.look)
@@ -74,6 +84,9 @@ class Installation:
 
     def begin(self) -> None:
         """Look at what is imported already, and from now on at what will be."""
+        if self.everywhere:
+            return
+        self.everywhere = True
         self._hook.install()
         for module in list(sys.modules.values()):
             if isinstance(module, ModuleType):
@@ -87,27 +100,54 @@ class Installation:
         for entry in self.report.replaced.values():
             entry.active = False
 
+    def accelerate(self, network: nn.Module) -> Report:
+        """Look at what this network runs; the part of the report that tells of it."""
+        kinds = classes_of(network)
+        modules = modules_behind(kinds, FUNCTIONS)
+        for module in modules:
+            self._look_for_ops(module, module.__name__)
+        for kind in kinds:  # also one that its module has no more, which was loaded anew
+            if kind.__name__ == CONVOLUTION:
+                self._consider_convolution(kind)
+        part = self.report.about({module.__name__ for module in modules} | {kind.__module__ for kind in kinds})
+        for kind in kinds:
+            if kind.__module__ not in sys.modules:
+                part.left_alone[f"{kind.__module__}.{kind.__qualname__}"] = "its module is no longer imported"
+        for name, layer in network.named_modules():
+            if any(kind.__name__ == CONVOLUTION for kind in type(layer).__mro__) and "forward" in vars(layer):
+                part.left_alone[name] = "this object has a forward of its own"
+        if not part.replaced and not part.left_alone:
+            part.left_alone[type(network).__qualname__] = "nothing of another codebase that is known"
+        return part
+
     def look(self, module: ModuleType) -> None:
         """Replace what is known in this module. Harmless where it was done before."""
-        names = vars(module)
-        name = names.get("__name__")
-        if not isinstance(name, str) or name.partition(".")[0] == "clone_fast":
-            return
+        name = vars(module).get("__name__")
+        if isinstance(name, str) and name.partition(".")[0] != "clone_fast":
+            self._look_for_ops(module, name)
+            self._look_for_ways_in(name, vars(module))
+
+    def _look_for_ways_in(self, name: str, names: dict[str, Any]) -> None:
+        """Through which what is not there yet will come: builders of extensions, readers of pickles."""
         if name == "torch.utils.cpp_extension":
             self._replace_plain(name, names["load"], self._plugins.load, "ours for the extensions that we know")
         if "get_plugin" in names and "verbosity" in names:
             self._replace_plain(
                 name, names["get_plugin"], self._plugins.get_plugin, "ours for the extensions that we know"
             )
+        if "_src_to_module_dict" in names and "_reconstruct_persistent_obj" in names:
+            self._watch_pickles(names, names["_reconstruct_persistent_obj"])
+
+    def _look_for_ops(self, module: ModuleType, name: str) -> None:
+        names = vars(module)
         for function in names.keys() & FUNCTIONS.keys():
             self._consider_function(module, function, names[function])
         for function in names.keys() & LEFT.keys():
             if callable(names[function]) and home(names[function]) == name:
                 self.report.left_alone.setdefault(f"{name}.{function}", LEFT[function])
-        if isinstance(names.get(CONVOLUTION), type):
-            self._consider_convolution(module, names[CONVOLUTION])
-        if "_src_to_module_dict" in names and "_reconstruct_persistent_obj" in names:
-            self._watch_pickles(names, names["_reconstruct_persistent_obj"])
+        kind = names.get(CONVOLUTION)
+        if isinstance(kind, type) and kind.__module__ == name:
+            self._consider_convolution(kind)
 
     def _replace_plain(self, module: str, theirs: Any, serve: Callable[..., Any], by: str) -> None:
         if not self._bindings.is_ours(theirs) and home(theirs) == module:
@@ -136,12 +176,10 @@ class Installation:
         self._bindings.also_in(module)
         self._bindings.exchange(theirs, replacement(theirs, known.serve, entry))
 
-    def _consider_convolution(self, module: ModuleType, kind: type) -> None:
-        where = f"{module.__name__}.{CONVOLUTION}"
+    def _consider_convolution(self, kind: type) -> None:
+        where = f"{kind.__module__}.{CONVOLUTION}"
         forward = vars(kind).get("forward")
-        if kind.__module__ != module.__name__ or not issubclass(kind, nn.Module) or forward is None:
-            return
-        if self._was_considered(forward):
+        if not issubclass(kind, nn.Module) or forward is None or self._was_considered(forward):
             return
         signature = parameters(forward)
         if signature not in FORWARDS:
@@ -235,16 +273,44 @@ def install() -> Report:
     Returns:
         What was replaced and what was left alone, and why; `print` it. It grows while modules are imported.
     """
-    global _current
     with _lock:
-        if _current is None:
-            _current = Installation()
-            _current.begin()
-        return _current.report
+        installation = _installation()
+        installation.begin()
+        return installation.report
+
+
+def accelerate(network: nn.Module) -> Report:
+    """Make one loaded generator or discriminator of these codebases fast, without `install`.
+
+    Nothing in the object changes: its parameters, their order, its state and its pickles are as they were, and it loads
+    where clone_fast is not. What changes is the code that its classes run, in the modules where that is at home, be
+    they imported or brought by a pickle; so copies of the network, and others of its classes, become fast too. What is
+    replaced and what is not, is decided as by `install`, and undone by `uninstall`.
+
+    Args:
+        network: any module, also around or within a network of theirs.
+
+    Returns:
+        What was replaced of what this network runs and what was left alone, and why.
+
+    Raises:
+        TypeError: network is no nn.Module.
+    """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"accelerate: network must be a torch.nn.Module, got {type(network).__name__}")
+    with _lock:
+        return _installation().accelerate(network)
+
+
+def _installation() -> Installation:
+    """The one of this process, so that nothing is replaced twice."""
+    global _current
+    _current = _current or Installation()
+    return _current
 
 
 def uninstall() -> None:
-    """Undo `install`: every name is bound to what it was. Without an installation nothing happens."""
+    """Undo `install` and every `accelerate`: each name is bound to what it was. Without these nothing happens."""
     global _current
     with _lock:
         if _current is not None:
@@ -254,8 +320,8 @@ def uninstall() -> None:
 
 @contextmanager
 def installed() -> Iterator[Report]:
-    """`install` for the length of a `with` block; inside of an installation it changes nothing."""
-    outermost = _current is None
+    """`install` for the length of a `with` block, and then `uninstall`; inside of `install` it changes nothing."""
+    outermost = _current is None or not _current.everywhere
     try:
         yield install()
     finally:

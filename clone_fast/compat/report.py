@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 __all__ = ["Report", "Replaced"]
@@ -40,7 +41,7 @@ class Replaced:
 
 @dataclass
 class Report:
-    """What `clone_fast.install` did. It grows while modules are imported, and counts calls; `print` shows it.
+    """What `clone_fast.install` or `accelerate` did, for `print`. It counts calls; install's grows with imports.
 
     Attributes:
         replaced: by dotted name.
@@ -49,6 +50,17 @@ class Report:
 
     replaced: dict[str, Replaced] = field(default_factory=dict)
     left_alone: dict[str, str] = field(default_factory=dict)
+
+    def about(self, modules: Collection[str]) -> Report:
+        """The part that tells of functions and classes of these modules; it counts calls as this does."""
+
+        def told(where: str) -> bool:
+            return where.rpartition(".")[0] in modules
+
+        return Report(
+            {where: entry for where, entry in self.replaced.items() if told(where)},
+            {where: reason for where, reason in self.left_alone.items() if told(where)},
+        )
 
     def __str__(self) -> str:
         lines = [f"clone_fast: {len(self.replaced)} replaced, {len(self.left_alone)} left alone"]

@@ -66,3 +66,30 @@ class Generator(torch.nn.Module):
     def forward(self, w):
         x = self.const.expand(w.shape[0], -1, -1, -1)
         return upfirdn2d.upsample2d(self.conv1(self.conv0(x, w), w), self.conv0.resample_filter)
+
+
+@persistence.persistent_class
+class Conv2dLayer(torch.nn.Module):
+    def __init__(self, in_channels, out_channels, activation="lrelu", down=1):
+        super().__init__()
+        self.activation, self.down = activation, down
+        self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
+        self.weight = torch.nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        self.bias = torch.nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x, gain=1):
+        x = conv2d_resample.conv2d_resample(x, self.weight, f=self.resample_filter, down=self.down, padding=1)
+        return bias_act.bias_act(x, self.bias, act=self.activation, gain=gain)
+
+
+@persistence.persistent_class
+class Discriminator(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv0 = Conv2dLayer(3, 4)
+        self.conv1 = Conv2dLayer(4, 5, down=2)
+        self.skip = Conv2dLayer(3, 5, activation="linear", down=2)
+
+    def forward(self, img):
+        y = self.skip(img, gain=0.5**0.5)
+        return y.add_(self.conv1(self.conv0(img))).mean([2, 3])  # in place
