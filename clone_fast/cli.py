@@ -1,4 +1,4 @@
-"""The command line: invert, invert-folder, edit, info, convert, demo, run.
+"""The command line: invert, invert-folder, edit, export, info, convert, demo, run.
 
 What a user can get wrong is one line on stderr and exit code 2, before anything is written; an unexpected
 exception keeps its traceback. Ctrl-C during an inversion keeps the best so far, writes everything and exits
@@ -25,7 +25,7 @@ from clone_fast.checkpoints import load_network, save_network, save_rosinality
 from clone_fast.compat.script import run_script
 from clone_fast.edit import SUFFIXES, load_directions, pca_directions, resolve_direction, standardise
 from clone_fast.errors import CloneFastError, OutputError
-from clone_fast.inversion import NETWORKS, Inversion
+from clone_fast.inversion import FORMATS, Inversion
 from clone_fast.invert import invert as run_inversion
 from clone_fast.ops.dispatch import backends
 from clone_fast.options import RUN, finite, options
@@ -34,6 +34,7 @@ from clone_fast.photo import open_photo, save_png
 if TYPE_CHECKING:
     from clone_fast.folder import Tally
 
+BASE = "Network that FOLDER was made from, if it was saved with --networks delta; default: where it was then."
 STAGES = {"latent": "latent search", "tweak": "tweak"}
 
 
@@ -97,7 +98,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("photo", type=click.Path(path_type=Path))
-@options("network", "discriminator", "out", "label", "real-images", "resize", "crop", *RUN)
+@options("network", "discriminator", "out", "label", "real-images", "resize", "crop", "networks", *RUN)
 def invert(photo: Path, out: Path, **options: Any) -> None:
     """Clone PHOTO.
 
@@ -110,12 +111,9 @@ def invert(photo: Path, out: Path, **options: Any) -> None:
 
 @main.command("invert-folder")
 @click.argument("photos", type=click.Path(path_type=Path))
-@options("network", "discriminator", "out", "label", "real-images", "resize", *RUN)
+@options("network", "discriminator", "out", "label", "real-images", "resize", "networks", *RUN)
 @click.option("--at-once", metavar="K", type=click.IntRange(min=1),
-              help="Photos that a process inverts at a time; default: as it sees fit.")
-@click.option("--networks", type=click.Choice(NETWORKS), default="both", show_default=True,
-              help="Tweaked networks to keep, at 1024x1024 250 MB a photo; generator: half as much, enough for edit; "
-                   "none: pictures, latent and numbers alone.")  # fmt: skip
+              help="Photos that a process inverts at a time; default: as it sees fit.")  # fmt: skip
 def invert_folder(photos: Path, out: Path, quiet: bool, **options: Any) -> None:
     """Clone every photo of the folder PHOTOS and its subfolders.
 
@@ -143,7 +141,7 @@ def invert_folder(photos: Path, out: Path, quiet: bool, **options: Any) -> None:
 @main.command()
 @click.option("--photo", "name", default="astronaut", show_default=True, help="A photo of scikit-image.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True, help="Folder.")
-@options(*RUN)
+@options("networks", *RUN)
 def demo(name: str, out: Path, **options: Any) -> None:
     """Clone a real photo of scikit-image.
 
@@ -161,7 +159,15 @@ def demo(name: str, out: Path, **options: Any) -> None:
 @click.option("--strength", type=float, callback=finite, help="How far, in standard deviations of w.")
 @click.option("--out", type=click.Path(path_type=Path), help="PNG to write; default: in FOLDER.")
 @click.option("--list", "list_names", is_flag=True, help="List the directions by name.")
-def edit(folder: Path, direction: str | None, strength: float | None, out: Path | None, list_names: bool) -> None:
+@click.option("--network", type=click.Path(path_type=Path), help=BASE)
+def edit(
+    folder: Path,
+    direction: str | None,
+    strength: float | None,
+    out: Path | None,
+    list_names: bool,
+    network: Path | None,
+) -> None:
     """Edit a saved clone.
 
     Moves the latent of FOLDER, as written by invert, along a direction.
@@ -170,7 +176,7 @@ def edit(folder: Path, direction: str | None, strength: float | None, out: Path 
         raise click.UsageError("edit wants --direction and --strength, or --list")
     if out is not None:
         _check_folder(out.parent)
-    inversion = Inversion.load(folder)
+    inversion = Inversion.load(folder, network)
     known = {**pca_directions(inversion.generator), **inversion.directions}
     if list_names or direction is None or strength is None:
         for name in sorted(known, key=_natural):
@@ -222,6 +228,27 @@ def run(script: str, args: tuple[str, ...], **options: bool) -> None:
 
 
 @main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(FORMATS), required=True,
+              help="rosinality: .pt; nvidia: .pkl with G, D and G_ema; pti: .pt of the generator as a module.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="File to write.")
+@click.option("--base", type=click.Path(path_type=Path),
+              help="NVIDIA's .pkl of the network, whose classes nvidia and pti take.")
+@click.option("--network", type=click.Path(path_type=Path), help=BASE)
+@click.option("--force", is_flag=True, help="Write rosinality's .pt even in sizes that its own classes do not have.")
+def export(folder: Path, to: str, out: Path, base: Path | None, network: Path | None, force: bool) -> None:
+    """Write the network of a saved clone for other tools.
+
+    Takes FOLDER, as written by invert. Beside FILE stands FILE_w.npz or FILE_w.pt with the latent. What the tools draw
+    for it with constant noise is the clone.
+    """
+    _check_folder(out.parent)
+    beside = Inversion.load(folder, network).export(out, to, base=base, strict=not force)
+    click.echo(out)
+    click.echo(beside)
+
+
+@main.command()
 def info() -> None:
     """Versions, devices, backends.
 
@@ -248,7 +275,7 @@ def info() -> None:
 # the work of invert and demo
 
 
-def _clone(photo: Any, out: Path, quiet: bool, **options: Any) -> None:
+def _clone(photo: Any, out: Path, quiet: bool, networks: str, **options: Any) -> None:
     from clone_fast.report import save_result
 
     progress = Progress(quiet)
@@ -256,7 +283,7 @@ def _clone(photo: Any, out: Path, quiet: bool, **options: Any) -> None:
         inversion = run_inversion(photo, progress=progress, **options)
     finally:
         progress.close()
-    save_result(inversion, out)
+    save_result(inversion, out, networks=networks)
     if not quiet:
         for line in _summary(inversion, out):
             click.echo(line)

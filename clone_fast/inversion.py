@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -9,12 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from clone_fast.checkpoints import load_network, save_network
+from clone_fast.checkpoints import (
+    Clone,
+    load_clone,
+    load_network,
+    save_clone,
+    save_network,
+    save_nvidia,
+    save_pti,
+    save_rosinality,
+)
 from clone_fast.edit import apply, resolve_direction
 from clone_fast.errors import CheckpointError, OutputError, PhotoError, SettingsError
 from clone_fast.files import write_aside
@@ -24,8 +35,18 @@ from clone_fast.photo import load_photo, save_png, to_uint8
 
 StrPath = str | os.PathLike[str]
 
-NETWORKS = ("both", "generator", "none")
+NETWORKS = ("both", "generator", "delta", "none")
 """What `Inversion.save` can keep of the tweaked networks."""
+
+FORMATS = ("rosinality", "nvidia", "pti")
+"""Whose files `Inversion.export` writes."""
+
+_OF_NETWORKS = {  # the files that depend on what is kept of the networks
+    "both": ("generator.safetensors", "latent.safetensors"),
+    "generator": ("generator.safetensors", "latent.safetensors"),
+    "delta": ("clone.safetensors", "photo.png"),
+    "none": ("latent.safetensors",),
+}
 
 
 @dataclass
@@ -38,14 +59,14 @@ class Inversion:
         latent_only: what the original generator draws for it.
         latent: of the photo, with the noise maps that the tweak made for it.
         found: the latent as the search left it, which `latent_only` is drawn for; None after `load`.
-        generator, discriminator: tweaked.
+        generator, discriminator: tweaked; the discriminator None where it was not saved.
         metrics: see `clone_fast.invert.measure`.
         history: a row per check of a stage (0 latent, 1 tweak): "stage", "step", "loss", "psnr" in dB, and the terms.
         settings: everything that was asked for and how it ended.
         seconds: of each stage: "load", "latent", "tweak", "metrics".
         directions: named directions of W for `edit`.
-        original, original_discriminator: as they were before; None after `load`, and the discriminator where the
-            network had none.
+        original, original_discriminator: as they were before; None after `load`, but of a clone file, and the
+            discriminator where the network had none.
     """
 
     photo: Tensor
@@ -84,29 +105,40 @@ class Inversion:
         there, null stands for a number that is not finite.
 
         Args:
-            networks: what generator.safetensors, nearly all of the bytes, holds: "both" networks, the "generator",
-                with which the clone can be loaded and edited, or "none": it is not written, and no `load` is possible.
+            networks: what is kept of the tweaked networks, nearly all of the bytes. "both" in generator.safetensors;
+                there the "generator" alone, with which the clone can be loaded and edited; "delta", what the tweak
+                changed in the generator, with the latent and the noise maps, as a clone file (clone.safetensors) of a
+                thirtieth of the size: it costs at most 0.25 dB, `load` needs the network that the clone was made from,
+                and the photo is in photo.png; "none": no `load` is possible.
 
         Raises:
             OutputError, CheckpointError: the folder or a file in it cannot be written.
-            SettingsError: `networks` is unknown.
+            SettingsError: `networks` is unknown, or "delta" with no `original` at hand.
         """
         if networks not in NETWORKS:
             raise SettingsError(f"networks must be one of {', '.join(NETWORKS)}, got {networks!r}")
+        if networks == "delta" and self.original is None:
+            raise SettingsError("networks='delta' needs the original generator, and this inversion has none")
         out = Path(folder)
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out}: cannot be a folder, since it is a file")
-        metadata = {"kind": "inversion", "network": str(self.settings.get("network", ""))}
-        weights = out / "generator.safetensors"
-        if networks == "none":
-            weights.unlink(missing_ok=True)  # that of an earlier save would not fit the rest
-        else:
+        for name in {name for names in _OF_NETWORKS.values() for name in names}.difference(_OF_NETWORKS[networks]):
+            (out / name).unlink(missing_ok=True)  # that of an earlier save would not fit the rest
+        name = str(self.settings.get("network", ""))
+        if networks in ("both", "generator"):
             discriminator = self.discriminator if networks == "both" else None
-            save_network(Network(self.generator, discriminator, metadata, self.directions), weights)
-        tensors = {"ws": self.latent.ws.cpu().contiguous(), "photo": torch.from_numpy(to_uint8(self.photo))}
-        tensors |= {f"noise.{name}": value.cpu().contiguous() for name, value in self.latent.noise.items()}
-        with write_aside(out / "latent.safetensors") as file:
-            file.write(safetensors.torch.save(tensors))
+            metadata = {"kind": "inversion", "network": name}
+            network = Network(self.generator, discriminator, metadata, self.directions)
+            save_network(network, out / "generator.safetensors")
+        if networks == "delta" and self.original is not None:
+            clone = Clone(self.generator, self.latent.ws, self.latent.noise, self.directions)
+            save_clone(out / "clone.safetensors", clone, self.original, self.photo, network=name)
+            save_png(out / "photo.png", self.photo)
+        else:
+            tensors = {"ws": self.latent.ws.cpu().contiguous(), "photo": torch.from_numpy(to_uint8(self.photo))}
+            tensors |= {f"noise.{name}": value.cpu().contiguous() for name, value in self.latent.noise.items()}
+            with write_aside(out / "latent.safetensors") as file:
+                file.write(safetensors.torch.save(tensors))
         save_png(out / "clone.png", self.image)
         save_png(out / "latent_only.png", self.latent_only)
         measured = {name: value for name, value in self.metrics.items() if value is not None and math.isfinite(value)}
@@ -122,24 +154,38 @@ class Inversion:
             file.write((json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n").encode())
 
     @classmethod
-    def load(cls, folder: StrPath, *, device: torch.device | str = "cpu") -> Inversion:
-        """What `save` wrote. The clone is drawn again; `latent_only` comes from its PNG, the original stays away.
+    def load(
+        cls, folder: StrPath, network: StrPath | Network | None = None, *, device: torch.device | str = "cpu"
+    ) -> Inversion:
+        """What `save` wrote. The clone is drawn again; `latent_only` comes from its PNG.
+
+        Args:
+            network: that the clone was made from, for a folder that holds what changed against it ("delta"); by default
+                the file that it came from, if that is still there. Other folders need none.
+
+        Returns:
+            Without the originals, but where a network was given or needed.
 
         Raises:
-            CheckpointError: a file is missing or damaged.
+            CheckpointError: a file is missing or damaged, or the network is needed and is not the one.
         """
         source = Path(folder)
-        network = load_network(source / "generator.safetensors", device=device)
-        resolution = network.generator.img_resolution
+        base: Network | None = None
+        if (source / "clone.safetensors").exists():
+            base = _base(source, network, device)
+            clone = load_clone(source / "clone.safetensors", base.generator)
+            loaded = Network(clone.generator, directions=clone.directions)
+        else:
+            loaded = load_network(source / "generator.safetensors", device=device)
+        resolution = loaded.generator.img_resolution
         try:
-            tensors = safetensors.torch.load_file(source / "latent.safetensors", device=str(device))
+            if base is not None:
+                latent = Latent(clone.ws, clone.noise)
+                photo = load_photo(source / "photo.png", resolution).to(device)
+            else:
+                photo, latent = _read_latent(source / "latent.safetensors", loaded.generator, device)
             content = dict(json.loads((source / "metrics.json").read_text()))
-            photo = tensors.pop("photo")
-            if photo.shape != (resolution, resolution, 3):
-                raise ValueError(f"photo must be [{resolution}, {resolution}, 3], got {list(photo.shape)}")
-            noise = {name.removeprefix("noise."): value for name, value in tensors.items() if name != "ws"}
-            latent = Latent(Latent.expanded(tensors["ws"], network.generator), noise)
-            image = latent.picture(network.generator)
+            image = latent.picture(loaded.generator)
             latent_only = load_photo(source / "latent_only.png", resolution).to(device)
             known = {name: content.pop(name) for name in ("seconds", "settings", "history")}
             known["history"] = [
@@ -150,16 +196,97 @@ class Inversion:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{source}: not an inversion that was saved whole ({reason})") from error
         return cls(
-            photo=photo.permute(2, 0, 1)[None].float() / 127.5 - 1,
+            photo=photo,
             image=image,
             latent_only=latent_only,
             latent=latent,
-            generator=network.generator,
-            discriminator=network.discriminator,
+            generator=loaded.generator,
+            discriminator=loaded.discriminator,
             metrics=content,
-            directions=network.directions,
+            directions=loaded.directions,
+            original=None if base is None else base.generator,
+            original_discriminator=None if base is None else base.discriminator,
             **known,
         )
+
+    def export(self, path: StrPath, to: str, *, base: StrPath | None = None, strict: bool = True) -> Path:
+        """Write the tweaked network for another codebase, and beside it the latent of the photo.
+
+        The photo's noise maps take the place of the generator's constant ones, since the others have none for a photo:
+        what they draw for the latent with constant noise is the clone.
+
+        Args:
+            path: the file.
+            to: "rosinality", a .pt with g_ema, latent_avg and the tweaked discriminator; "nvidia", the pickle `base`
+                with the tweaked tensors in the place of its own (G and G_ema both; D where there is one); "pti", the
+                generator of that pickle alone, as a module that `torch.load` returns.
+            base: the NVIDIA .pkl that the network came from, for "nvidia" and "pti": the classes are its own.
+            strict: of rosinality's files, see `save_rosinality`.
+
+        Returns:
+            The file of the latent [1, num_ws, w_dim]: for NVIDIA's tools <name>_w.npz with "w", as its projector
+            writes, for the others <name>_w.pt with the tensor.
+
+        Raises:
+            SettingsError: `to` is unknown, or `base` is missing or not wanted.
+            CheckpointError: the format cannot hold this network, or the base is another one, damaged, or no pickle.
+            OutputError: a file cannot be written.
+        """
+        if to not in FORMATS:
+            raise SettingsError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
+        if (base is None) == (to != "rosinality"):
+            raise SettingsError(
+                "rosinality files need no base" if base else f"{to} needs base: the NVIDIA .pkl of the network"
+            )
+        generator = copy.deepcopy(self.generator)
+        for name, value in self.latent.noise.items():
+            generator.synthesis.get_buffer(f"{name}.noise_const").copy_(value)
+        network = Network(generator, self.discriminator)
+        if base is None:
+            save_rosinality(network, path, strict=strict)
+        else:
+            (save_nvidia if to == "nvidia" else save_pti)(network, path, base)
+        ws = self.latent.ws.detach().cpu().contiguous()
+        beside = Path(path).with_name(Path(path).stem + ("_w.npz" if to == "nvidia" else "_w.pt"))
+        with write_aside(beside) as file:
+            if to == "nvidia":
+                np.savez(file, w=ws.numpy())
+            else:
+                torch.save(ws, file)
+        return beside
+
+
+def _base(folder: Path, network: StrPath | Network | None, device: torch.device | str) -> Network:
+    """The network of a clone file: the one given, or the one that the folder's numbers name."""
+    if isinstance(network, Network):
+        return network.to(device)
+    if network is None:
+        try:
+            name = str(json.loads((folder / "metrics.json").read_text())["settings"]["network"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{folder}: not an inversion that was saved whole (metrics.json)") from error
+        if name == "demo":
+            from clone_fast.demo import DEMO_NETWORK  # imported here, as in invert.py
+
+            network = DEMO_NETWORK
+        elif Path(name).is_file():
+            network = name
+        else:
+            raise CheckpointError(
+                f"{folder}: holds what changed against the network {name}, which is not there; give it as --network"
+            )
+    return load_network(network, device=device)
+
+
+def _read_latent(file: Path, generator: Generator, device: torch.device | str) -> tuple[Tensor, Latent]:
+    """(photo, latent) of a latent.safetensors."""
+    tensors = safetensors.torch.load_file(file, device=str(device))
+    photo, resolution = tensors.pop("photo"), generator.img_resolution
+    if photo.shape != (resolution, resolution, 3):
+        raise ValueError(f"photo must be [{resolution}, {resolution}, 3], got {list(photo.shape)}")
+    noise = {name.removeprefix("noise."): value for name, value in tensors.items() if name != "ws"}
+    latent = Latent(Latent.expanded(tensors["ws"], generator), noise)
+    return photo.permute(2, 0, 1)[None].float() / 127.5 - 1, latent
 
 
 def _without_nan(value: Any) -> Any:

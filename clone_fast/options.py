@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 import torch
 
+from clone_fast.inversion import NETWORKS
 from clone_fast.nn import PRECISIONS
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -78,6 +79,10 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
                            help="auto, cpu, cuda or cuda:<index>."),
     "seed": click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
                          help="Of everything random."),
+    "networks": click.option("--networks", type=click.Choice(NETWORKS), default="both", show_default=True,
+                             help="Tweaked networks to keep, at 1024x1024 250 MB a photo; generator: half as much, "
+                                  "enough for edit; delta: what changed in it, some 8 MB, enough for edit with the "
+                                  "network at hand; none: pictures, latent and numbers alone."),
     "quiet": click.option("--quiet", is_flag=True, help="No progress and no summary; errors are still told."),
 }  # fmt: skip
 """By name, in the order of the help."""

@@ -75,6 +75,7 @@ HOUSE = (
     Layer(
         "inversion",  # what invert returns: its files, its edits
         imports="latent tweak progress photo metrics edit checkpoints nn files",
+        lazily="demo",
         packages="torch numpy safetensors",
     ),
     Layer(
@@ -92,7 +93,7 @@ HOUSE = (
     Layer("processes"),
     Layer("lock", packages=""),
     Layer("folder", imports="many inversion report photo files processes lock", packages="torch tqdm"),
-    Layer("options", imports="nn", packages="torch click"),
+    Layer("options", imports="nn inversion", packages="torch click"),
     Layer("cli", imports=ANY, packages=ANY),
     Layer("__main__", imports="cli", packages=""),
 )

@@ -131,7 +131,7 @@ def test_less_can_be_kept_of_the_networks(done: Inversion, folder: Path) -> None
     done.save(folder, networks="none")
     assert "generator.safetensors" not in {path.name for path in folder.iterdir()}
     assert (folder / "latent.safetensors").exists()
-    with pytest.raises(SettingsError, match="both, generator, none"):
+    with pytest.raises(SettingsError, match="both, generator, delta, none"):
         done.save(folder, networks="all")
 
 

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from clone_fast.checkpoints import native, nvidia, rosinality
+from clone_fast.checkpoints.clone_file import Clone, load_clone, save_clone
 from clone_fast.checkpoints.foreign import refuse_foreign
 from clone_fast.checkpoints.native import network_hash, save_network
+from clone_fast.checkpoints.rewrite import save_nvidia, save_pti
 from clone_fast.checkpoints.rosinality import save_rosinality
 from clone_fast.checkpoints.safe_pickle import shown
 from clone_fast.checkpoints.sniff import map_file
@@ -28,11 +30,16 @@ from clone_fast.errors import CheckpointError
 from clone_fast.nn import Architecture, Discriminator, Generator, Network
 
 __all__ = [
+    "Clone",
+    "load_clone",
     "load_generator",
     "load_network",
     "network_hash",
     "require_discriminator",
+    "save_clone",
     "save_network",
+    "save_nvidia",
+    "save_pti",
     "save_rosinality",
 ]
 

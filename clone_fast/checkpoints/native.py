@@ -27,7 +27,7 @@ from clone_fast.files import write_aside
 from clone_fast.nn import Architecture, Network
 
 FORMAT_VERSION = 1
-_ENTRY = "clone_fast"
+ENTRY = "clone_fast"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PARTS = ("generator", "discriminator", "generator_raw")
 
@@ -75,7 +75,7 @@ def save_network(
     }
     if network.discriminator is not None:
         header["discriminator_architecture"] = network.discriminator.arch.to_dict()
-    content = safetensors.torch.save(tensors, metadata={_ENTRY: json.dumps(header, sort_keys=True)})
+    content = safetensors.torch.save(tensors, metadata={ENTRY: json.dumps(header, sort_keys=True)})
     with write_aside(path) as file:
         file.write(content)
 
@@ -113,7 +113,7 @@ def read(path: Path) -> Contents:
     parts: dict[str, dict[str, LazyTensor]] = {part: {} for part in (*_PARTS, "directions")}
     try:
         file = safetensors.safe_open(path, framework="pt", device="cpu")
-        header = _header((file.metadata() or {}).get(_ENTRY), name)
+        header = _header((file.metadata() or {}).get(ENTRY), name)
         for key in file.keys():  # noqa: SIM118  (no dict)
             part, _, rest = key.partition(".")
             if part not in parts:
@@ -149,6 +149,10 @@ def _header(text: str | None, name: str) -> dict[str, Any]:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name}: damaged: its header is no JSON") from error
+    if isinstance(header, dict) and header.get("kind") == "clone":
+        raise CheckpointError(
+            f"{name}: a clone file, which holds only what a tweak changed; give the network that it was made from"
+        )
     version = header.get("format_version") if isinstance(header, dict) else None
     if type(version) is int and version > FORMAT_VERSION:
         raise CheckpointError(

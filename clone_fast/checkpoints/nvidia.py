@@ -74,7 +74,7 @@ def _metadata(kind: str, source: str) -> dict[str, str]:
 
 def generator_weights(module: Any, source: str) -> Weights:
     """Tensors and attributes of a pickled generator, of which what we do not draw is refused."""
-    tensors, attributes, class_name = _flatten(module, source)
+    tensors, attributes, class_name = flatten(module, source)
     if is_alias_free(tensors):
         raise CheckpointError(
             f"{source}: a StyleGAN3 (alias-free) generator; clone_fast inverts with StyleGAN2 networks, "
@@ -97,7 +97,7 @@ def generator_weights(module: Any, source: str) -> Weights:
 
 def discriminator_weights(module: Any, source: str) -> Weights:
     """Likewise, of a pickled discriminator."""
-    tensors, attributes, class_name = _flatten(module, source)
+    tensors, attributes, class_name = flatten(module, source)
     if "b4.out.weight" not in tensors:
         raise CheckpointError(f"{source}: a {shown(class_name)}, not a StyleGAN2 discriminator")
     _check_layers(attributes, "resnet", source)
@@ -119,7 +119,7 @@ def _weights(tensors: dict[str, LazyTensor], attributes: Attributes, sizes: Any,
     return weights
 
 
-def _flatten(module: Any, source: str) -> tuple[dict[str, LazyTensor], Attributes, str]:
+def flatten(module: Any, source: str) -> tuple[dict[str, LazyTensor], Attributes, str]:
     """(tensors by name, attributes by module path, class name) of a persistent object or a state dict."""
     tensors: dict[str, LazyTensor] = {}
     attributes: Attributes = {}

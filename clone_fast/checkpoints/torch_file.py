@@ -20,9 +20,9 @@ from clone_fast.checkpoints.tensors import Storage
 from clone_fast.checkpoints.vetted import TABLE
 from clone_fast.errors import CheckpointError
 
-_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the older container
-_MAGIC_HEAD = b"\x80\x02\x8a\n" + _MAGIC.to_bytes(10, "little") + b"."
-_PROTOCOL = 1001
+MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the older container
+_MAGIC_HEAD = b"\x80\x02\x8a\n" + MAGIC.to_bytes(10, "little") + b"."
+PROTOCOL = 1001
 _LOCAL_HEADER = 30  # bytes of a zip entry's own header, before its name
 
 
@@ -96,7 +96,7 @@ def _read_legacy(data: memoryview, source: str, nested: Nested) -> tuple[Any, in
         return value
 
     magic, protocol, system = pickle(), pickle(), pickle()
-    if magic != _MAGIC or protocol != _PROTOCOL:
+    if magic != MAGIC or protocol != PROTOCOL:
         raise CheckpointError(f"{source}: not a torch file of a known version")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise CheckpointError(f"{source}: was written on a big-endian machine, which is not supported")
