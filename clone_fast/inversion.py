@@ -108,7 +108,7 @@ class Inversion:
             networks: what is kept of the tweaked networks, nearly all of the bytes. "both" in generator.safetensors;
                 there the "generator" alone, with which the clone can be loaded and edited; "delta", what the tweak
                 changed in the generator, with the latent and the noise maps, as a clone file (clone.safetensors) of a
-                thirtieth of the size: it costs at most 0.25 dB, `load` needs the network that the clone was made from,
+                thirtieth of the size: it costs at most 0.28 dB, `load` needs the network that the clone was made from,
                 and the photo is in photo.png; "none": no `load` is possible.
 
         Raises:

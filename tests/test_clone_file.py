@@ -123,6 +123,18 @@ def test_steps_are_coarse_where_the_picture_does_not_look() -> None:
     assert int(coding.rounded(change, scaled)["mapping"].abs().max()) == 127
 
 
+def test_coarse_steps_are_fitted_without_bias() -> None:
+    source = torch.Generator().manual_seed(0)
+    change = {"w": torch.randn(300, 4, generator=source) * torch.tensor([3.0, 1.0, 0.3, 0.01])}
+    steps = {"w": (one(2).bfloat16(), torch.ones(1, 4).bfloat16())}
+    multiples = coding.rounded(change, steps)
+    fitted = coding.step_of(*coding.fitted(change, multiples, steps)["w"])
+    along = (change["w"] * multiples["w"] * fitted).sum(0) / change["w"].square().sum(0)
+    torch.testing.assert_close(along[:3], torch.ones(3), rtol=0.005, atol=0)
+    assert float((change["w"] * multiples["w"]).sum(0)[2] / change["w"].square().sum(0)[2]) < 0.8  # it was too short
+    assert fitted[0, 3] == 1  # nothing left to be made longer
+
+
 @pytest.mark.parametrize("start", [1e-6, 0.3, 1e4])
 def test_the_coarsest_that_fits_is_found(start: float) -> None:
     factor = coding.coarsest(lambda c: c * c, 0.25, start)
@@ -213,13 +225,13 @@ def test_a_clone_that_is_its_base(tmp_path: Path) -> None:
 
 
 def test_another_base_is_refused(done: Inversion, folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="was made from another network: give the one with the hash .* not "):
+    with pytest.raises(CheckpointError, match=r"was made from another network: give the one with the hash .* not "):
         Inversion.load(folder, tiny.network(seed=5))
     with pytest.raises(CheckpointError, match="was made from another network"):
         Inversion.load(folder, tiny.network(resolution=32))
+    other = tiny.network(resolution=32).generator
+    clone = Clone(done.generator, done.latent.ws, {}, {})
     with pytest.raises(CheckpointError, match="no tweak of this base"):
-        other = tiny.network(resolution=32).generator
-        clone = Clone(done.generator, done.latent.ws, {}, {})
         save_clone(folder / "clone.safetensors", clone, other, done.photo)
 
 

@@ -5,17 +5,27 @@ from __future__ import annotations
 import pickle
 import pickletools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import checkpoint_files
 import numpy as np
 import pytest
 import tiny
 import torch
-from checkpoint_files import SMALL, nvidia_dict, nvidia_modules, persistent, randomised, same_tensors, small_network
-from checkpoint_files import write_pickle, write_torch
+from checkpoint_files import (
+    SMALL,
+    nvidia_dict,
+    nvidia_modules,
+    persistent,
+    randomised,
+    same_tensors,
+    small_network,
+    write_pickle,
+    write_torch,
+)
 from tiny import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 
@@ -66,13 +76,12 @@ def reconstruct(meta: dict[str, Any]) -> StandIn:
     return made
 
 
-@pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`torch_utils.persistence` with a stand-in that does not run the source text; pickle finds it by name."""
-    reconstruct.__module__, reconstruct.__qualname__ = "torch_utils.persistence", "_reconstruct_persistent_obj"
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """`torch_utils.persistence` can be imported within, with a stand-in that does not run the source text."""
     with nvidia_modules():
         module: Any = sys.modules["torch_utils.persistence"]
-        monkeypatch.setattr(module, "_reconstruct_persistent_obj", reconstruct)
+        module._reconstruct_persistent_obj = reconstruct
         yield
 
 
@@ -114,13 +123,13 @@ def test_nvidia_pickle_has_the_new_tensors_and_the_old_opcodes(tmp_path: Path, p
 
 
 def test_nvidia_pickle_draws_the_clone_elsewhere(
-    done: Inversion, base: Path, tmp_path: Path, stand_ins: None
+    done: Inversion, base: Path, tmp_path: Path
 ) -> None:
     beside = done.export(tmp_path / "clone.pkl", "nvidia", base=base)
     assert beside == tmp_path / "clone_w.npz"
     ws = torch.from_numpy(np.load(beside)["w"])
     assert ws.shape == (1, done.generator.num_ws, done.generator.w_dim)
-    with (tmp_path / "clone.pkl").open("rb") as file:
+    with stand_ins(), (tmp_path / "clone.pkl").open("rb") as file:
         content = pickle.load(file)
     assert {"G", "D", "G_ema"} <= set(content)
     assert all(isinstance(content[name], nn.Module) for name in ("G", "D", "G_ema"))
@@ -161,27 +170,29 @@ def test_dtype_and_strides_of_the_base_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
-def test_pti_module_is_the_generator_alone(tmp_path: Path, protocol: int, stand_ins: None) -> None:
+def test_pti_module_is_the_generator_alone(tmp_path: Path, protocol: int) -> None:
     written = other_network()
     base = write_pickle(nvidia_dict(small_network(), LIVE), tmp_path / "base.pkl", protocol)
     save_pti(written, tmp_path / "model.pt", base)
     assert (tmp_path / "model.pt").stat().st_size < 0.4 * base.stat().st_size
     assert same_tensors(load_generator(tmp_path / "model.pt"), written.generator)
-    module = torch.load(tmp_path / "model.pt", weights_only=False)
+    with stand_ins():
+        module = torch.load(tmp_path / "model.pt", weights_only=False)
     assert module.class_name == "Generator"
     assert type(module._init_kwargs["synthesis_kwargs"]).__name__ == "EasyDict"
     for name, value in written.generator.state_dict().items():
         assert torch.equal(module.state_dict()[name], value)
 
 
-def test_pti_module_draws_the_clone_elsewhere(done: Inversion, base: Path, tmp_path: Path, stand_ins: None) -> None:
+def test_pti_module_draws_the_clone_elsewhere(done: Inversion, base: Path, tmp_path: Path) -> None:
     beside = done.export(tmp_path / "model.pt", "pti", base=base)
     ws = torch.load(beside)
-    module = torch.load(tmp_path / "model.pt", weights_only=False)
+    with stand_ins():
+        module = torch.load(tmp_path / "model.pt", weights_only=False)
     assert torch.equal(drawn(module, ws, done.generator.arch), done.image)
 
 
-def test_what_modules_share_is_brought_along(tmp_path: Path, stand_ins: None) -> None:
+def test_what_modules_share_is_brought_along(tmp_path: Path) -> None:
     """Strings, names and dtypes that G made and G_ema only refers to; a list that both hold; one tensor in both."""
     network = small_network()
     content = nvidia_dict(network, LIVE)
@@ -189,7 +200,8 @@ def test_what_modules_share_is_brought_along(tmp_path: Path, stand_ins: None) ->
     content["G"].extra, content["G_ema"].extra, content["G_ema"].more = shared, shared, shared[1]
     base = write_pickle(content, tmp_path / "base.pkl")
     save_pti(network, tmp_path / "model.pt", base)
-    module = torch.load(tmp_path / "model.pt", weights_only=False)
+    with stand_ins():
+        module = torch.load(tmp_path / "model.pt", weights_only=False)
     assert module.extra == shared
     assert module.extra[1] is module.more
 
@@ -273,7 +285,6 @@ def test_a_harmful_base_is_refused(tmp_path: Path) -> None:
 def test_the_files_of_these_tests_are_live(tmp_path: Path) -> None:
     """The stand-ins above leave the source text alone; the original runs it, so the files would show if we did."""
     base = write_pickle(nvidia_dict(small_network(), LIVE), tmp_path / "base.pkl")
-    checkpoint_files.EasyDict  # noqa: B018  (the names that the pickle asks for)
     with nvidia_modules():
         pickle.loads(base.read_bytes())
     assert sys.modules["builtins"].__dict__.pop("executed")

@@ -26,6 +26,7 @@ from torch import Tensor
 from clone_fast.checkpoints.coding import (
     Steps,
     coarsest,
+    fitted,
     pack,
     rounded,
     scaled,
@@ -41,7 +42,7 @@ from clone_fast.nn import Generator, Network
 
 FORMAT_VERSION = 1
 KIND = "clone"
-LOSS = 0.25
+LOSS = 0.28
 """PSNR in dB that a clone file may cost, against the photo."""
 
 _FAITHFUL = 50.0  # dB: a clone that is nearer to the photo than this is coded as if it were that near
@@ -96,19 +97,19 @@ def save_clone(
         raise ValueError(f"save_clone: loss must be positive, got {loss}")
     if clone.generator.arch != base.arch:
         raise CheckpointError(f"{path}: the clone's generator is no tweak of this base; not written")
-    before, after = _values(base, None), _values(clone.generator, clone.noise)
+    before, after = values_of(base), values_of(clone.generator, clone.noise)
     changed = {name: value for name, value in after.items() if not torch.equal(value, before[name])}
     for name, value in {**changed, "ws": clone.ws}.items():
         if not torch.isfinite(value).all():
             raise CheckpointError(f"{path}: {name} is not finite; not written")
     exact = {name: value for name, value in changed.items() if value.ndim < 2}
     change = {name: value - before[name] for name, value in changed.items() if value.ndim >= 2}
-    steps = _steps(change, before, clone, photo, loss)
+    multiples, steps = _coded(change, before, clone, photo, loss)
     tensors = {"ws": clone.ws} | {f"directions.{name}": value for name, value in clone.directions.items()}
     tensors |= {f"exact.{name}": value for name, value in exact.items()}
     width = 1
     if change:
-        tensors["codes"], width = pack(rounded(change, steps), steps)
+        tensors["codes"], width = pack(multiples, steps)
     for name, (rows, columns) in steps.items():
         tensors |= {f"rows.{name}": rows, f"columns.{name}": columns}
     header = {
@@ -156,24 +157,26 @@ def load_clone(path: str | os.PathLike[str], base: Generator) -> Clone:
         raise CheckpointError(f"{file.name}: damaged: {' '.join(str(error).split())}") from error
 
 
-def _values(generator: Generator, noise: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def values_of(generator: Generator, noise: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The state, and under "noise.<layer>" the noise maps: those given, or else the generator's own."""
     maps = generator.synthesis.noise_consts() | dict(noise or {})
     state = {name: value.detach() for name, value in generator.state_dict().items()}
     return state | {_NOISE + name: value.detach() for name, value in maps.items()}
 
 
-def _fill(generator: Generator, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fill(generator: Generator, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put what `_values` gives into a generator of this shape; returns its noise maps by layer."""
     state = {name: value for name, value in values.items() if not name.startswith(_NOISE)}
     generator.load_state_dict({**generator.state_dict(), **state})
     return {name.removeprefix(_NOISE): value for name, value in values.items() if name.startswith(_NOISE)}
 
 
-def _steps(change: dict[str, Tensor], before: dict[str, Tensor], clone: Clone, photo: Tensor, loss: float) -> Steps:
-    """The coarsest steps that the loss allows."""
+def _coded(
+    change: dict[str, Tensor], before: dict[str, Tensor], clone: Clone, photo: Tensor, loss: float
+) -> tuple[dict[str, Tensor], Steps]:
+    """The change in multiples of the coarsest steps that the loss allows, and these steps."""
     if not change:
-        return {}
+        return {}, {}
     scratch = copy.deepcopy(clone.generator).requires_grad_(True)
     values: dict[str, Tensor] = dict(scratch.named_parameters())
     maps = {name: value.clone().requires_grad_() for name, value in clone.noise.items()}
@@ -187,11 +190,15 @@ def _steps(change: dict[str, Tensor], before: dict[str, Tensor], clone: Clone, p
         own = float((picture - photo).square().mean())
     allowed = max(own, 4 * 10 ** (-_FAITHFUL / 10)) * (10 ** (loss / 10) - 1)
 
-    @torch.no_grad()
-    def error(factor: float) -> float:
+    def code(factor: float) -> tuple[dict[str, Tensor], Steps]:
         steps = scaled(units, factor, change)
         multiples = rounded(change, steps)
-        noise = _fill(scratch, {name: before[name] + multiples[name] * step_of(*steps[name]) for name in change})
+        return multiples, fitted(change, multiples, steps)
+
+    @torch.no_grad()
+    def error(factor: float) -> float:
+        multiples, steps = code(factor)
+        noise = fill(scratch, {name: before[name] + multiples[name] * step_of(*steps[name]) for name in change})
         coded = scratch.synthesis(clone.ws, noise=noise).clamp(-1, 1)
         # both, as what is added may happen to lie along the clone's own error, or against it
         return max(float((coded - picture).square().mean()), float((coded - photo).square().mean()) - own)
@@ -199,7 +206,7 @@ def _steps(change: dict[str, Tensor], before: dict[str, Tensor], clone: Clone, p
     # a number that is rounded to steps s is wrong by s^2 / 12 in the mean
     count = sum(change[name].numel() for name in units)
     start = math.sqrt(12 * allowed * picture.numel() / max(1, count))
-    return scaled(units, coarsest(error, allowed, start) if units else 1.0, change)
+    return code(coarsest(error, allowed, start) if units else 1.0)
 
 
 def _header(text: str | None, name: str) -> dict[str, Any]:
@@ -221,7 +228,7 @@ def _header(text: str | None, name: str) -> dict[str, Any]:
 
 def _decoded(header: dict[str, Any], tensors: dict[str, Tensor], base: Generator) -> Clone:
     """ValueError, KeyError, TypeError or RuntimeError where the parts do not fit together."""
-    before = _values(base, None)
+    before = values_of(base)
     device = base.mapping.w_avg.device
     shapes = {name: tuple(before[name].shape) for name in header["coded"]}
     steps = {name: (tensors[f"rows.{name}"], tensors[f"columns.{name}"]) for name in shapes}
@@ -232,7 +239,7 @@ def _decoded(header: dict[str, Any], tensors: dict[str, Tensor], base: Generator
         if value.shape != before[name].shape or not torch.isfinite(value).all():
             raise ValueError(f"{name} does not fit the network")
     generator = copy.deepcopy(base).eval().requires_grad_(False)
-    noise = _fill(generator, after)
+    noise = fill(generator, after)
     ws = tensors["ws"]
     if tuple(ws.shape) != (1, base.num_ws, base.w_dim) or not torch.isfinite(ws).all():
         raise ValueError(f"ws must be [1, {base.num_ws}, {base.w_dim}], got {list(ws.shape)}")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 PROBES = 4
 _FLOOR = 1e-3  # of the mean sensitivity: what one picture does not see at all, another one may
+_LEAST = 0.2  # of a column's energy that its multiples must hold to be made longer
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0}]  # no context: neighbours tell nothing
 _MEMORY = 1 << 28  # bytes that unpacking may take; its dictionary needs a fraction of it
 _TRIES = 24
@@ -85,6 +86,25 @@ def scaled(steps: Steps, factor: float, change: Mapping[str, Tensor]) -> Steps:
 def rounded(change: Mapping[str, Tensor], steps: Steps) -> dict[str, Tensor]:
     """The multiples, int32."""
     return {name: (value / step_of(*steps[name])).round().int() for name, value in change.items()}
+
+
+def fitted(change: Mapping[str, Tensor], multiples: Mapping[str, Tensor], steps: Steps) -> Steps:
+    """The steps by which the multiples stand for the change without bias.
+
+    Where steps are coarse most numbers become 0, and what is left is shorter than the change along its own direction,
+    along which the picture changes most. So the factor of a column is such that change and multiples times steps have
+    the same component along the change, weighted as the steps are.
+    """
+    made = {}
+    for name, value in change.items():
+        rows, columns = steps[name]
+        relative = value / step_of(rows, columns)
+        dims = [dim for dim, size in enumerate(columns.shape) if size == 1]
+        wanted = relative.square().sum(dims, keepdim=True)
+        found = (relative * multiples[name]).sum(dims, keepdim=True)
+        gain = torch.where(found > _LEAST * wanted, wanted / found.clamp(min=1e-30), 1.0)
+        made[name] = (rows, (columns.float() * gain).bfloat16())
+    return made
 
 
 def step_of(rows: Tensor, columns: Tensor) -> Tensor:
