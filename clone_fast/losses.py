@@ -7,11 +7,11 @@ scalar, the mean over its samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from clone_fast.ops import fast_double_backward, laplacian_pyramid_loss
 
@@ -48,6 +48,44 @@ class Reconstruction:
             return self.similarity(image, self.photo)
         loss = laplacian_pyramid_loss(image, self.photo, levels=self.levels)
         return loss + self.mse_weight * F.mse_loss(image, self.photo)
+
+
+class LaplacianPyramidLoss(nn.Module):
+    """`laplacian_pyramid_loss` as a module without parameters or state, for a training loop of one's own.
+
+    Args:
+        levels, weights, charbonnier: see `clone_fast.laplacian_pyramid_loss`.
+
+    Raises:
+        ValueError: one of these is not as it says there.
+    """
+
+    def __init__(
+        self, levels: int = 6, weights: Sequence[float] | None = None, charbonnier: float | None = None
+    ) -> None:
+        super().__init__()
+        self.levels, self.charbonnier = levels, charbonnier
+        self.weights = tuple(weights) if isinstance(weights, Sequence) else weights
+        pixel = torch.zeros(1, 1, 1, 1)
+        self.forward(pixel, pixel)  # wrong options are told by the op itself, and now
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Scalar, float32 (float64 of float64 images), of images [N, C, H, W] of one shape and device.
+
+        Where autocast leaves one in half precision and the other in float32, both are taken as float32.
+
+        Raises:
+            TypeError, ValueError: x and y are no such images.
+        """
+        if x.dtype != y.dtype and x.is_floating_point() and y.is_floating_point():
+            dtype = torch.promote_types(x.dtype, y.dtype)
+            x, y = x.to(dtype), y.to(dtype)
+        return laplacian_pyramid_loss(
+            x, y, levels=self.levels, weights=self.weights, charbonnier=self.charbonnier
+        )
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels}, weights={self.weights}, charbonnier={self.charbonnier}"
 
 
 def discriminator_adversarial(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

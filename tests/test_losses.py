@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import io
 from collections.abc import Callable
+from typing import Any
 
+import grids
 import naive
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from clone_fast.losses import (
     SOFT,
+    LaplacianPyramidLoss,
     Reconstruction,
     discriminator_adversarial,
     generator_adversarial,
@@ -27,6 +32,7 @@ from clone_fast.losses import (
 )
 from clone_fast.ops import laplacian_pyramid
 from clone_fast.reference import convolution
+from clone_fast.reference import laplacian_pyramid as spec
 from clone_fast.reference.convolution import _Convolution, _TransposedConvolution, fast_double_backward
 
 
@@ -119,6 +125,71 @@ def test_paired_cohesion_is_its_formula_band_by_band(scale: float, dtype: torch.
     assert got.item() == pytest.approx(want.item(), rel=30 * rounding, abs=4 * SOFT * 2 * rounding)
     (slope,), (exact_slope,) = torch.autograd.grad(got, after), torch.autograd.grad(want, exact)
     torch.testing.assert_close(slope.double(), exact_slope, rtol=0, atol=40 * rounding * float(exact_slope.abs().max()))
+
+
+# ---- the pyramid loss as a module --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"levels": 2}, {"levels": 3, "weights": [4, 0.0, 1]}, {"levels": 3, "charbonnier": 0.01}]
+)
+@pytest.mark.parametrize("size", [(16, 16), (9, 14)])
+def test_the_module_is_the_specification(options: dict[str, Any], size: tuple[int, int]) -> None:
+    x, y = rand(2, 3, *size, seed=1).requires_grad_(), rand(2, 3, *size, seed=2)
+    want = spec.laplacian_pyramid_loss(x, y, **options)
+    got = LaplacianPyramidLoss(**options)(x, y)
+    assert got.shape == ()
+    assert got.item() == pytest.approx(want.item(), rel=1e-12)
+    for mine, theirs in zip(torch.autograd.grad(got, x), torch.autograd.grad(want, x), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_the_module_has_no_state_and_survives_copies_and_files() -> None:
+    loss = LaplacianPyramidLoss(3, [1.0, 2.0, 3.0], charbonnier=0.1)
+    assert loss.state_dict() == {}
+    assert list(loss.parameters()) == []
+    file = io.BytesIO()
+    torch.save(loss, file)
+    file.seek(0)
+    x, y = rand(1, 3, 16, 16, seed=1), rand(1, 3, 16, 16, seed=2)
+    for other in (copy.deepcopy(loss), torch.load(file, weights_only=False), nn.Sequential(loss)[0].half()):
+        assert torch.equal(other(x, y), loss(x, y))
+    assert "levels=3, weights=(1.0, 2.0, 3.0), charbonnier=0.1" in repr(loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_module_takes_what_autocast_makes(dtype: torch.dtype) -> None:
+    """A generator in half precision and a target in float32, and no sum in half precision inside of it."""
+    x, y = rand(1, 3, 16, 16, seed=1).to(dtype).requires_grad_(), rand(1, 3, 16, 16, seed=2).float()
+    with torch.autocast("cpu", dtype=dtype):
+        loss = LaplacianPyramidLoss(3)(x, y)
+    assert loss.dtype == torch.float32
+    want = spec.laplacian_pyramid_loss(x.detach().double(), y.double(), levels=3)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert gradient.dtype == dtype
+
+
+def test_the_module_compiles_as_one_graph() -> None:
+    y = rand(2, 3, 16, 16, seed=2).float()
+    loss = LaplacianPyramidLoss(3, charbonnier=0.01)
+    grids.compiled(lambda x: loss(x, y), rand(2, 3, 16, 16, seed=1).float())
+
+
+@pytest.mark.parametrize(
+    "options", [{"levels": 0}, {"levels": 2, "weights": [1.0]}, {"weights": 3.0}, {"charbonnier": 0}]
+)
+def test_the_module_refuses_wrong_options_when_it_is_made(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="laplacian_pyramid: "):
+        LaplacianPyramidLoss(**options)
+
+
+def test_the_module_refuses_what_is_no_image() -> None:
+    x = rand(1, 3, 16, 16)
+    with pytest.raises(TypeError, match="y must be a floating-point tensor"):
+        LaplacianPyramidLoss()(x, x.to(torch.uint8))
+    with pytest.raises(ValueError, match="y must be"):
+        LaplacianPyramidLoss()(x, x[:, :, :8])
 
 
 # ---- adversarial terms ---------------------------------------------------------------------------------------------
