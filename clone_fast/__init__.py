@@ -26,6 +26,7 @@ from clone_fast.ops import (
     setup_filter,
     upfirdn2d,
 )
+from clone_fast.tune import Tuned, tune
 from clone_fast.tweak import TweakSettings
 
 mount_kernels()
@@ -41,6 +42,7 @@ __all__ = [
     "Latent",
     "LatentSettings",
     "Network",
+    "Tuned",
     "TweakSettings",
     "accelerate",
     "backend",
@@ -59,5 +61,6 @@ __all__ = [
     "save_network",
     "setup_filter",
     "uninstall",
+    "tune",
     "upfirdn2d",
 ]

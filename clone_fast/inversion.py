@@ -239,8 +239,7 @@ class Inversion:
                 "rosinality files need no base" if base else f"{to} needs base: the NVIDIA .pkl of the network"
             )
         generator = copy.deepcopy(self.generator)
-        for name, value in self.latent.noise.items():
-            generator.synthesis.get_buffer(f"{name}.noise_const").copy_(value)
+        self.latent.settle(generator)
         network = Network(generator, self.discriminator)
         if base is None:
             save_rosinality(network, path, strict=strict)

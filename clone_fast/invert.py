@@ -126,11 +126,11 @@ def invert(
     with _clock(seconds, "load", where):
         opened = open_network(network, discriminator, where)
         generator, judge = opened.network.generator, opened.network.discriminator
-        others, labels = read_real_images(real_images, generator), _one_hot(label, generator, where)
+        others, labels = read_real_images(real_images, generator), one_hot(label, generator, where)
         if settings.adversarial:  # what is missing is told before the search of the latent, not after it
             judge = usable(require_discriminator(opened.network, opened.name), generator, settings, labels, others)
         target = load_photo(photo, generator.img_resolution, resize=resize, crop=crop).to(where)
-        start = _start(latent, generator, where)
+        start = None if latent is None else Latent.of(latent, generator)
         given: dict[str, Any] = {"real_images": others, "label": labels, "similarity": similarity}
         rehearse_inversion(generator, judge, target, search, settings, start=start, **given)
     with _clock(seconds, "latent", where):
@@ -278,13 +278,12 @@ def read_real_images(given: StrPath | Tensor | None, generator: Generator) -> Te
     return load_real_images(given, generator.img_resolution)
 
 
-def _start(latent: Latent | Tensor | None, generator: Generator, device: torch.device) -> Latent | None:
-    if isinstance(latent, Tensor):
-        return Latent(Latent.expanded(latent.detach().to(device, torch.float32), generator))
-    return latent.to(device) if latent is not None else None
+def one_hot(label: int | None, generator: Generator, device: torch.device) -> Tensor | None:
+    """[1, c_dim] of a class of the generator; None for none.
 
-
-def _one_hot(label: int | None, generator: Generator, device: torch.device) -> Tensor | None:
+    Raises:
+        SettingsError: it has no such class.
+    """
     if label is None:
         return None
     if not generator.c_dim:

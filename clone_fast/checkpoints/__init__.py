@@ -1,9 +1,9 @@
-"""Read and write network files of every StyleGAN2 family. Nothing in a file is ever executed.
+"""Read and write network files of every StyleGAN2 family, and modules in memory. Nothing in a file is ever executed.
 
 `load_network` tells the format from the content: ours (native.py), NVIDIA's (nvidia.py), rosinality's and the
-encoders built on it (rosinality.py). Pickles go through a machine that cannot call anything (safe_pickle.py,
-vetted.py), and all tensors through the same checks against a `StyleGAN2` of the architecture they imply
-(weights.py).
+encoders built on it (rosinality.py). `counterparts` takes modules of these families in place of files
+(modules.py). Pickles go through a machine that cannot call anything (safe_pickle.py, vetted.py), and all tensors
+through the same checks against a `StyleGAN2` of the architecture they imply (weights.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from clone_fast.checkpoints import native, nvidia, rosinality
 from clone_fast.checkpoints.clone_file import Clone, load_clone, save_clone
 from clone_fast.checkpoints.foreign import refuse_foreign
+from clone_fast.checkpoints.modules import Counterpart, counterparts, write_back
 from clone_fast.checkpoints.native import network_hash, save_network
 from clone_fast.checkpoints.rewrite import save_nvidia, save_pti
 from clone_fast.checkpoints.rosinality import save_rosinality
@@ -31,6 +32,8 @@ from clone_fast.nn import Architecture, Discriminator, Generator, Network
 
 __all__ = [
     "Clone",
+    "Counterpart",
+    "counterparts",
     "load_clone",
     "load_generator",
     "load_network",
@@ -41,6 +44,7 @@ __all__ = [
     "save_nvidia",
     "save_pti",
     "save_rosinality",
+    "write_back",
 ]
 
 StrPath = str | os.PathLike[str]

@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 from clone_fast.checkpoints.safe_pickle import shown
-from clone_fast.checkpoints.tensors import LazyTensor, StoredTensor
-from clone_fast.checkpoints.vetted import NumpyArray, PersistentObject
+from clone_fast.checkpoints.tensors import LazyTensor
+from clone_fast.checkpoints.vetted import TENSORS, PersistentObject
 from clone_fast.checkpoints.weights import Contents, Weights
 from clone_fast.errors import CheckpointError
 
@@ -136,7 +136,7 @@ def flatten(module: Any, source: str) -> tuple[dict[str, LazyTensor], Attributes
 def _add(tensors: dict[str, LazyTensor], name: Any, value: Any, source: str) -> None:
     if value is None:  # a layer without a bias
         return
-    if not isinstance(name, str) or not isinstance(value, (StoredTensor, NumpyArray)):
+    if not isinstance(name, str) or not isinstance(value, TENSORS):
         raise CheckpointError(f"{source}: {shown(name)} is a {shown(type(value).__name__)}, not a tensor")
     tensors[name] = value
 

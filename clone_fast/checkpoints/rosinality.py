@@ -21,8 +21,8 @@ from torch import Tensor
 
 from clone_fast.checkpoints import keymap
 from clone_fast.checkpoints.safe_pickle import shown
-from clone_fast.checkpoints.tensors import LazyTensor, StoredTensor
-from clone_fast.checkpoints.vetted import NumpyArray
+from clone_fast.checkpoints.tensors import LazyTensor
+from clone_fast.checkpoints.vetted import TENSORS
 from clone_fast.checkpoints.weights import Contents, Weights, check_filter
 from clone_fast.errors import CheckpointError
 from clone_fast.files import write_aside
@@ -47,7 +47,7 @@ def read(value: StateDict, source: str) -> Contents | None:
         whole = value.get("state_dict")
         # a buffer of the encoder in some, an entry beside the state dict in most
         buffer = whole.get("latent_avg") if isinstance(whole, dict) else None
-        weights, notes = _generator(decoder, value.get("latent_avg", buffer), f"{source}: decoder")
+        weights, notes = generator_weights(decoder, value.get("latent_avg", buffer), f"{source}: decoder")
         metadata = {"source_format": "inversion encoder with a rosinality decoder", "source_file": source}
         return Contents(weights, metadata=metadata | notes)
     if is_generator(value):
@@ -55,15 +55,15 @@ def read(value: StateDict, source: str) -> Contents | None:
     best = next((name for name in ("g_ema", "g") if is_generator(value.get(name))), None)
     if best is None:
         return None
-    weights, notes = _generator(value[best], value.get("latent_avg"), f"{source}: {best}")
+    weights, notes = generator_weights(value[best], value.get("latent_avg"), f"{source}: {best}")
     kind = "training file" if "args" in value else "file"
     contents = Contents(
         weights, metadata={"source_format": f"rosinality {kind}", "source_file": source} | notes
     )
     if best == "g_ema" and is_generator(value.get("g")):
-        contents.generator_raw = lambda: _generator(value["g"], value.get("latent_avg"), f"{source}: g")[0]
+        contents.generator_raw = lambda: generator_weights(value["g"], value.get("latent_avg"), f"{source}: g")[0]
     if isinstance(value.get("d"), dict):
-        contents.discriminator = partial(_discriminator, value["d"], f"{source}: d")
+        contents.discriminator = partial(discriminator_weights, value["d"], f"{source}: d")
     return contents
 
 
@@ -129,7 +129,8 @@ class _MeanLatent:
         mapping.load_state_dict(values, assign=True)
         z = torch.randn(_MEAN_SAMPLES, z_dim, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            return mapping(z).mean(dim=0)
+            mean: Tensor = mapping(z.to(values["fc0.weight"].device)).mean(dim=0)
+        return mean
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class _OneRow:
 def _tensors(state: StateDict, source: str) -> dict[str, LazyTensor]:
     found: dict[str, LazyTensor] = {}
     for name, value in _plain(state).items():
-        if not isinstance(value, (StoredTensor, NumpyArray)):
+        if not isinstance(value, TENSORS):
             raise CheckpointError(f"{source}: {shown(name)} is a {shown(type(value).__name__)}, not a tensor")
         found[name] = value
     return found
@@ -192,8 +193,8 @@ def _renamed(
     return renamed
 
 
-def _generator(state: StateDict, latent_avg: Any, source: str) -> tuple[Weights, dict[str, str]]:
-    """The generator, and notes on what the file lacks and was made up."""
+def generator_weights(state: StateDict, latent_avg: Any, source: str) -> tuple[Weights, dict[str, str]]:
+    """The generator of a state dict, and notes on what the file lacks and was made up."""
     tensors = _tensors(state, source)
     notes: dict[str, str] = {}
     layers = sum(re.fullmatch(r"style\.\d+\.weight", name) is not None for name in tensors)
@@ -211,7 +212,7 @@ def _generator(state: StateDict, latent_avg: Any, source: str) -> tuple[Weights,
             )
             notes["noise_const"] = "drawn with fixed seeds; the file has no noises"
     renamed = _renamed(tensors, pairs, keymap.generator_kernels(resolution), source)
-    if isinstance(latent_avg, (StoredTensor, NumpyArray)):
+    if isinstance(latent_avg, TENSORS):
         usable = len(latent_avg.shape) == 2 and latent_avg.shape[0] > 0
         renamed["mapping.w_avg"] = _OneRow(latent_avg) if usable else latent_avg
     elif layers:
@@ -224,7 +225,8 @@ def _generator(state: StateDict, latent_avg: Any, source: str) -> tuple[Weights,
     return Weights(source, renamed, conv_clamp=None), notes
 
 
-def _discriminator(state: StateDict, source: str) -> Weights:
+def discriminator_weights(state: StateDict, source: str) -> Weights:
+    """The discriminator of a state dict."""
     tensors = _tensors(state, source)
     blocks = _last_index(tensors, r"convs\.(\d{1,3})\.conv1\.0\.weight")
     if not 1 <= blocks <= 8:

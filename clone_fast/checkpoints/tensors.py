@@ -1,4 +1,4 @@
-"""Tensors as a file describes them: checked when the file is parsed, read when they are used.
+"""Tensors as a file describes them: checked when the file is parsed, read when they are used; or of a module in memory.
 
 A trainer's file holds three times as much optimiser state as weights. So parsing builds `StoredTensor`s,
 which know shape and dtype and where their bytes are, and only the ones that end up in a network are loaded.
@@ -22,7 +22,7 @@ Buffer = memoryview | bytes | bytearray
 
 
 class LazyTensor(Protocol):
-    """What readers hand on: shape and dtype now, the values by `load()` (a contiguous CPU tensor)."""
+    """What readers hand on: shape and dtype now, the values by `load()` (contiguous; of a file, on the CPU)."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -72,6 +72,24 @@ class StoredTensor:
             return torch.empty(self.shape, dtype=self.dtype)
         span = self.storage.span(self.offset, self.offset + _reach(self.shape, self.stride))
         return torch.empty(self.shape, dtype=self.dtype).copy_(span.as_strided(self.shape, self.stride))
+
+
+@dataclass(frozen=True)
+class HeldTensor:
+    """A tensor of a module in memory. `load` copies it, and leaves the copy on its device."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def load(self) -> Tensor:
+        return self.tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clone_fast.checkpoints.safe_pickle import Buildable, Global, Machine, shown
-from clone_fast.checkpoints.tensors import StoredTensor, stored_tensor
+from clone_fast.checkpoints.tensors import HeldTensor, StoredTensor, stored_tensor
 
 Args = tuple[Any, ...]
 
@@ -101,6 +101,10 @@ class NumpyArray(Buildable):
         if self.values is None:
             raise ValueError("a numpy array without data")
         return torch.from_numpy(np.array(self.values, dtype=np.float32, order="C"))
+
+
+TENSORS = (StoredTensor, NumpyArray, HeldTensor)
+"""All that a reader takes for a tensor."""
 
 
 def _raw(data: Any) -> memoryview:

@@ -247,6 +247,6 @@ def _check_names(weights: Weights, wanted: dict[str, tuple[int, ...]], what: str
 
 def check_filter(tensor: LazyTensor, name: str, total: float = 1.0) -> None:
     """Raise unless a low-pass filter of a file is ours, [1, 3, 3, 1] both ways, with this sum."""
-    values = tensor.load().to(torch.float32) if tuple(tensor.shape) == (4, 4) else None
+    values = tensor.load().to("cpu", torch.float32) if tuple(tensor.shape) == (4, 4) else None
     if values is None or not torch.allclose(values, low_pass(total), rtol=1e-3, atol=1e-4):
         raise CheckpointError(f"{name}: a low-pass filter other than [1, 3, 3, 1], which is not supported")

@@ -37,6 +37,25 @@ class Latent:
         """The same on another device."""
         return Latent(self.ws.to(device), {name: noise.to(device) for name, noise in self.noise.items()})
 
+    @torch.no_grad()
+    def settle(self, generator: Generator) -> None:
+        """Put the noise maps in the place of the generator's constant ones, for who has no others."""
+        for name, value in self.noise.items():
+            generator.synthesis.get_buffer(f"{name}.noise_const").copy_(value)
+
+    @staticmethod
+    def of(given: Latent | Tensor, generator: Generator) -> Latent:
+        """What was given as a latent of this generator, on its device; of a tensor, any shape that `expanded` takes.
+
+        Raises:
+            SettingsError: it is none.
+        """
+        if not isinstance(given, Latent | Tensor):
+            raise SettingsError(f"latent must be a tensor or a Latent, got {type(given).__name__}")
+        latent = given if isinstance(given, Latent) else Latent(given)
+        ws = latent.ws.detach().to(torch.float32)
+        return Latent(Latent.expanded(ws, generator), latent.noise).to(generator.mapping.w_avg.device)
+
     @staticmethod
     def expanded(ws: Tensor, generator: Generator) -> Tensor:
         """w [w_dim], [1, w_dim], [num_ws, w_dim] or [1, num_ws, w_dim] as ws [1, num_ws, w_dim] of the generator.
