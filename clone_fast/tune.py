@@ -25,7 +25,8 @@ class Tuned:
     """What `tune` tells; the tuned weights are in the modules that it was given.
 
     Attributes:
-        image: [1, C, R, R] float32 in [-1, 1], the clone: what G now draws for the latent with constant noise.
+        image: [1, C, R, R] float32 in [-1, 1], the clone: what G now draws for the latent with constant noise, in
+            float32.
         psnr: of the clone and the photo, in dB.
         history: {"step", "loss", "psnr", ...} of every check: the curve.
         steps: iterations taken.

@@ -253,6 +253,20 @@ def test_the_callers_random_numbers_stay(pair: Pair) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["clone", "recon"])
+def test_on_a_gpu_with_captured_iterations(pair: Pair, mode: str) -> None:
+    G, D = (module.cuda() for module in pair)
+    kept, ws = Untouched(G, D), ws_of().cuda()
+    before = tiny.psnr(drawn(G, ws).cpu(), PHOTO)
+    done = run(G, D, ws=ws, photo=PHOTO.cuda(), mode=mode, steps=40, target_psnr=None)
+    g, d = kept.changed()
+    assert g
+    assert bool(d) == (mode == "clone")
+    torch.testing.assert_close(drawn(G, ws).clamp(-1, 1), done.image, rtol=0, atol=1e-3)
+    assert done.psnr > before + 1
+
+
 def test_progress_and_target() -> None:
     calls: list[tuple[Any, ...]] = []
     G, _ = nvidias(tiny.network())
