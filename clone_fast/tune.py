@@ -14,9 +14,8 @@ from clone_fast.errors import DivergenceError
 from clone_fast.invert import one_hot, override, read_real_images
 from clone_fast.latent import Latent
 from clone_fast.losses import Similarity
-from clone_fast.metrics import psnr
 from clone_fast.photo import load_photo
-from clone_fast.progress import Progress
+from clone_fast.progress import Progress, quick_psnr
 from clone_fast.tweak import TweakSettings, tweak
 
 
@@ -116,6 +115,6 @@ def tune(
             updates += judge.updates(done.discriminator)
         if not all(bool(value.isfinite().all()) for _, value in updates):
             raise DivergenceError("the tweak ended with weights that are not finite; nothing was changed")
-        told = Tuned(image, psnr(image, target), done.rows, done.steps, done.stopped, done.slowed)
+        told = Tuned(image, float(quick_psnr(image, target)), done.rows, done.steps, done.stopped, done.slowed)
         write_back(updates)
     return told

@@ -84,7 +84,7 @@ HOUSE = (
         lazily="demo",
         packages="torch tqdm safetensors",
     ),
-    Layer("tune", imports="invert tweak latent losses progress photo metrics checkpoints"),
+    Layer("tune", imports="invert tweak latent losses progress photo checkpoints"),
     Layer("many", imports="invert inversion tweak memory nn stepwise"),
     Layer(
         "report",

@@ -292,7 +292,7 @@ def test_ctrl_c_keeps_the_best_so_far(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError, ValueError])
-@pytest.mark.parametrize("where", ["clone_fast.tune.psnr", "clone_fast.tune.write_back", "clone_fast.tune.tweak"])
+@pytest.mark.parametrize("where", ["clone_fast.tune.quick_psnr", "clone_fast.tune.write_back", "clone_fast.tune.tweak"])
 def test_whatever_is_raised_changes_nothing(
     pair: Pair, where: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
