@@ -60,7 +60,7 @@ __all__ = [
     "modulated_conv2d",
     "save_network",
     "setup_filter",
-    "uninstall",
     "tune",
+    "uninstall",
     "upfirdn2d",
 ]
