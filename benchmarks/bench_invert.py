@@ -176,7 +176,9 @@ def arguments(world: World, out: Path, **options: object) -> list[object]:
 def test_command(world: World, benchmark: BenchmarkFixture) -> None:
     """The whole command: nothing compiled, then with the caches of Triton and of Python as the first left them."""
     (picture,) = world.pictures(1, "one").iterdir()
-    caches: dict[str, Any] = {"TRITON_CACHE_DIR": str(world.folder / "triton"), "PYTHONPYCACHEPREFIX": str(world.folder / "bytecode")}
+    caches: dict[str, Any] = {
+        name: str(world.folder / name) for name in ("TRITON_CACHE_DIR", "PYTHONPYCACHEPREFIX")
+    }
 
     def run() -> None:
         for row in ("command, nothing compiled", "command"):
