@@ -99,6 +99,8 @@ class CudaGraphs:
             Exception: what `run` raises, or CUDA for an operation that cannot be captured.
         """
         current = torch.cuda.current_stream(self.device)
+        generator = torch.cuda.default_generators[current.device_index]
+        numbers = generator.clone_state()
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: what other threads of the program ask of CUDA meanwhile does not spoil the capture
@@ -109,7 +111,9 @@ class CudaGraphs:
                     rejoin(self.device)
                     raise
         except BaseException:
-            torch.cuda.set_stream(current)  # a capture that ends in an error leaves its own stream behind
+            # A capture that CUDA breaks off leaves its own stream behind, and a generator that draws in it for ever.
+            torch.cuda.set_stream(current)
+            generator.graphsafe_set_state(numbers)
             raise
         return graph.replay
 

@@ -291,6 +291,7 @@ def test_a_similarity_that_reads_falls_back_on_a_gpu(monkeypatch: pytest.MonkeyP
         )
     assert done.stopped == "steps"
     assert torch.cuda.current_stream() == stream
+    assert torch.randn(2, device="cuda").isfinite().all()
 
 
 # ---- draws -----------------------------------------------------------------------------------------------------------

@@ -66,7 +66,8 @@ def test_a_full_memory_is_told_from_beside_other_work(first: Callable[[Tensor], 
     before = reserved()
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         spoiled()
-    assert reserved() == before
+    assert reserved() <= before
+    assert torch.randn(2, device=device).isfinite().all()
     for _ in range(3):
         total.fill_(torch.nan)
         sound()
