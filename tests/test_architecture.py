@@ -50,7 +50,6 @@ HOUSE = (
     Layer("ops", imports="_compiler reference", lazily="kernels cuda _C triton"),
     Layer("nn", imports="_compiler ops"),
     Layer("losses", imports="ops"),
-    Layer("compat", imports="ops", lazily=ANY),  # a target codebase is imported when it is to be accelerated
     Layer("checkpoints", imports="nn files", lazily="demo", packages="torch numpy safetensors"),
     Layer("photo", imports="files", packages="torch numpy PIL"),
     Layer("metrics", imports="nn stepwise", lazily="lpips", packages="torch numpy PIL torchmetrics"),
@@ -58,6 +57,7 @@ HOUSE = (
     Layer("settings", imports="nn"),
     Layer("memory", imports="nn settings"),
     Layer("capture", imports="ops"),
+    Layer("compat", imports="ops capture", lazily=ANY),  # a target codebase is imported when it is to be accelerated
     Layer("descent", imports="capture ops"),
     Layer("draws", imports="capture nn"),
     Layer(

@@ -12,16 +12,15 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
-from foreign import TARGETS, Import, assert_close, bindings, codebase, run
+from foreign import TARGETS, Import, assert_close, bindings, built, codebase, run  # noqa: F401 (built: a fixture)
 from torch import Tensor, nn
 
 import clone_fast
-from clone_fast.compat.plugins import PLUGINS
 
 Copy = Callable[[nn.Module], nn.Module]
 
@@ -74,14 +73,6 @@ LOADED = (
     Target("rosinality", "Generator", (2, 3), ("model.ModulatedConv2d", *THEIRS)),
     Target("rosinality", "Discriminator", (2, 3, 8, 6), THEIRS),
 )
-
-
-@pytest.fixture(autouse=True)
-def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """rosinality's import builds extensions; here they are there."""
-    from torch.utils import cpp_extension
-
-    monkeypatch.setattr(cpp_extension, "load", lambda name, sources, **_: SimpleNamespace(**PLUGINS[name][1]))
 
 
 @pytest.fixture(params=LOADED, ids=lambda target: f"{target.family}-{target.name}")

@@ -18,6 +18,7 @@ from torch import nn
 
 from clone_fast.compat import nvidia, rosinality
 from clone_fast.compat.bindings import Bindings
+from clone_fast.compat.graphs import Recordings
 from clone_fast.compat.imports import ImportHook
 from clone_fast.compat.network import classes_of, modules_behind
 from clone_fast.compat.plugins import Plugins
@@ -61,6 +62,7 @@ FUNCTIONS: dict[str, tuple[Known, ...]] = {
 # Of these a copy that cannot be tried here is known by its signature and its module; of the others, by a trial alone.
 SIMPLE = ("bias_act", "upfirdn2d", "fused_leaky_relu")
 
+NETWORKS = ("SynthesisNetwork", "Generator", "Discriminator")  # classes that are recorded as graphs
 CONVOLUTION = "ModulatedConv2d"  # rosinality's class
 FORWARDS = {"self, input, style": False, "self, input, style, weights_delta=None": True}  # the latter HyperStyle's
 LEFT = {"filtered_lrelu": "no op of ours: StyleGAN3's own"}
@@ -72,6 +74,7 @@ class Installation:
     Attributes:
         report: all of it.
         everywhere: whether `install` was called; else only `accelerate` was.
+        recordings: the graphs of networks.
     """
 
     def __init__(self) -> None:
@@ -79,6 +82,7 @@ class Installation:
         self.everywhere = False
         self._bindings = Bindings()
         self._plugins = Plugins()
+        self.recordings = Recordings()
         self._hook = ImportHook(self.look)
         self._considered: dict[int, object] = {}  # functions that were tried, kept so that an id stays one's own
 
@@ -97,6 +101,7 @@ class Installation:
         self._hook.uninstall()
         self._bindings.restore()
         self._plugins.forget()
+        self.recordings.forget()
         for entry in self.report.replaced.values():
             entry.active = False
 
@@ -109,6 +114,9 @@ class Installation:
         for kind in kinds:  # also one that its module has no more, which was loaded anew
             if kind.__name__ == CONVOLUTION:
                 self._consider_convolution(kind)
+        for kind in kinds:
+            if kind.__name__ in NETWORKS:
+                self._consider_network(kind)
         part = self.report.about({module.__name__ for module in modules} | {kind.__module__ for kind in kinds})
         for kind in kinds:
             if kind.__module__ not in sys.modules:
@@ -148,6 +156,9 @@ class Installation:
         kind = names.get(CONVOLUTION)
         if isinstance(kind, type) and kind.__module__ == name:
             self._consider_convolution(kind)
+        for kind in (names.get(network) for network in NETWORKS):
+            if isinstance(kind, type) and kind.__module__ == name:
+                self._consider_network(kind)
 
     def _replace_plain(self, module: str, theirs: Any, serve: Callable[..., Any], by: str) -> None:
         if not self._bindings.is_ours(theirs) and home(theirs) == module:
@@ -193,6 +204,22 @@ class Installation:
         entry = self.report.replaced[where] = Replaced(where, "clone_fast.modulated_conv2d", evidence)
         ours = replacement(forward, rosinality.modulated_conv2d, entry)
         self._bindings.exchange_method(kind, "forward", forward, ours)
+
+    def _consider_network(self, kind: type) -> None:
+        """Record it, if what it computes with is ours: NVIDIA's synthesis, rosinality's generator, discriminators."""
+        if not issubclass(kind, nn.Module) or (kind.__name__ == "Generator" and _has_synthesis(kind)):
+            return
+        owner = next(one for one in kind.__mro__ if "forward" in vars(one))  # a decorator may have made a subclass
+        forward = vars(owner)["forward"]
+        behind = {module.__name__ for module in modules_behind(kind.__mro__, FUNCTIONS)}
+        ours = any(where.rpartition(".")[0] in behind for where in self.report.replaced)
+        if owner.__module__ != kind.__module__ or not ours or self._was_considered(forward):
+            return
+        where = f"{kind.__module__}.{kind.__name__}"
+        evidence = "its own code, after calls alike"
+        entry = self.report.replaced[where] = Replaced(where, "CUDA graphs of itself", evidence)
+        serve = functools.partial(self.recordings.serve, forward)
+        self._bindings.exchange_method(owner, "forward", forward, replacement(forward, serve, entry))
 
     def _was_considered(self, function: object) -> bool:
         before = self._bindings.is_ours(function) or id(function) in self._considered
@@ -244,6 +271,11 @@ class Installation:
         look()
 
 
+def _has_synthesis(kind: type) -> bool:
+    """Whether its module has a class for the part that draws; what is before that counts means, and draws."""
+    return "SynthesisNetwork" in vars(sys.modules.get(kind.__module__, kind))
+
+
 def _spellings(serve: Callable[..., Any]) -> tuple[str | None, ...]:
     """The signature, and as older versions have it: the bias compulsory."""
     signature = parameters(serve)
@@ -256,7 +288,7 @@ _current: Installation | None = None
 _lock = threading.RLock()
 
 
-def install() -> Report:
+def install(*, graphs: bool = True) -> Report:
     """Make StyleGAN2 codebases fast that are imported, or will be: their ops, and the builds of these, become ours.
 
     Served are stylegan2-ada-pytorch, stylegan3's StyleGAN2 networks, rosinality's stylegan2-pytorch, and what carries
@@ -264,22 +296,27 @@ def install() -> Report:
 
     - extensions that they would compile are answered, so that importing needs neither nvcc nor ninja nor a GPU;
     - upfirdn2d, bias_act, fused_leaky_relu and conv2d_resample, wherever they are bound;
-    - modulated_conv2d, also in networks that come out of a pickle with their source, and ModulatedConv2d.forward.
+    - modulated_conv2d, also in networks that come out of a pickle with their source, and ModulatedConv2d.forward;
+    - the forward of generators and discriminators: after two calls alike it is recorded as CUDA graphs.
 
     A function is replaced if its signature and its module are known and if, in a trial on the CPU, it computes what
     ours does. Everything else is left alone. A call that ours is not made for goes to the original. Nothing that is
-    pickled mentions clone_fast. A second call does nothing and returns the same report.
+    pickled mentions clone_fast. A second call returns the same report.
+
+    Args:
+        graphs: whether forwards are recorded. What a recording computes with keeps its memory as long as the network
+            lives; CLONE_FAST_CAPTURE=0 forbids them from outside.
 
     Returns:
         What was replaced and what was left alone, and why; `print` it. It grows while modules are imported.
     """
     with _lock:
-        installation = _installation()
+        installation = _installation(graphs)
         installation.begin()
         return installation.report
 
 
-def accelerate(network: nn.Module) -> Report:
+def accelerate(network: nn.Module, *, graphs: bool = True) -> Report:
     """Make one loaded generator or discriminator of these codebases fast, without `install`.
 
     Nothing in the object changes: its parameters, their order, its state and its pickles are as they were, and it loads
@@ -289,6 +326,7 @@ def accelerate(network: nn.Module) -> Report:
 
     Args:
         network: any module, also around or within a network of theirs.
+        graphs: as of `install`.
 
     Returns:
         What was replaced of what this network runs and what was left alone, and why.
@@ -299,13 +337,14 @@ def accelerate(network: nn.Module) -> Report:
     if not isinstance(network, nn.Module):
         raise TypeError(f"accelerate: network must be a torch.nn.Module, got {type(network).__name__}")
     with _lock:
-        return _installation().accelerate(network)
+        return _installation(graphs).accelerate(network)
 
 
-def _installation() -> Installation:
+def _installation(graphs: bool) -> Installation:
     """The one of this process, so that nothing is replaced twice."""
     global _current
     _current = _current or Installation()
+    _current.recordings.allowed = graphs
     return _current
 
 
@@ -319,11 +358,11 @@ def uninstall() -> None:
 
 
 @contextmanager
-def installed() -> Iterator[Report]:
+def installed(*, graphs: bool = True) -> Iterator[Report]:
     """`install` for the length of a `with` block, and then `uninstall`; inside of `install` it changes nothing."""
     outermost = _current is None or not _current.everywhere
     try:
-        yield install()
+        yield install(graphs=graphs) if outermost or _current is None else _current.report
     finally:
         if outermost:
             uninstall()
