@@ -178,13 +178,13 @@ def _search(world: World, generator: Generator) -> Contender:
 
 
 @contextmanager
-def arithmetic(precision: str) -> Iterator[None]:
-    """float32 multiplied as TF32 unless the precision is fp32, and cuDNN's algorithms chosen by trial."""
+def arithmetic(precision: str, by_trial: bool = True) -> Iterator[None]:
+    """float32 multiplied as TF32 unless the precision is fp32, and cuDNN's algorithms chosen by trial or by rule."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     try:
         with torch.backends.cudnn.flags(
-            enabled=True, benchmark=torch.cuda.is_available(), allow_tf32=precision != "fp32"
+            enabled=True, benchmark=by_trial and torch.cuda.is_available(), allow_tf32=precision != "fp32"
         ):
             yield
     finally:
