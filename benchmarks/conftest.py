@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import clock, common, invert_table, step_table, tables
+from benchmarks import clock, common, compat_table, invert_table, step_table, tables
 
 
 def _about() -> dict[str, object]:
@@ -34,6 +34,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if invert_table.ROWS:
         terminalreporter.write_line(invert_table.block(invert_table.ROWS))
         terminalreporter.write_line(f"written: {invert_table.RESULTS.relative_to(tables.ROOT)}")
+    if compat_table.ROWS:
+        terminalreporter.write_line(compat_table.block(compat_table.ROWS))
+        terminalreporter.write_line(f"written: {compat_table.RESULTS.relative_to(tables.ROOT)}")
     if not common.ROWS:
         return
     for row in common.ROWS:

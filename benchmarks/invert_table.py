@@ -22,7 +22,7 @@ def kept(now: Sequence[Row], path: Path = RESULTS) -> list[Row]:
     return results.kept(now, path, KEY)
 
 
-def _lines(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+def lines(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
     """A table in Markdown; the first columns hold words, the others numbers."""
     rule = ["---" if i < words else "---:" for i in range(len(heads))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *rows))
@@ -42,7 +42,7 @@ def photos(rows: Sequence[Row]) -> str:
         cells += [f"{row['seconds']:.2f}", *(_number(row["stages"], stage, "{:.2f}") for stage in STAGES)]
         found.append([*cells, _number(row, "peak_gb", "{:.1f}")])
     heads = ["photo to clone", "network", "precision", "latent steps + iterations", "seconds", *STAGES, "peak, GB"]
-    return _lines(heads, found, 4) if found else ""
+    return lines(heads, found, 4) if found else ""
 
 
 def rates(rows: Sequence[Row]) -> str:
@@ -66,7 +66,7 @@ def rates(rows: Sequence[Row]) -> str:
         cells = [how, row["mode"], str(row["steps"]), str(row["photos"]), f"{row['per_hour']:.0f}", ratio]
         found.append([*cells, _number(row, "peak_gb", "{:.1f}")])
     heads = ["many photos", "mode", "iterations", "photos", "photos per hour", "ratio", "peak, GB"]
-    return _lines(heads, found, 2) if found else ""
+    return lines(heads, found, 2) if found else ""
 
 
 def curves(rows: Sequence[Row]) -> str:
@@ -82,7 +82,7 @@ def curves(rows: Sequence[Row]) -> str:
         cells += ["" if seconds is None else f"{seconds:.2f} s" for seconds in reached]
         found.append([*cells, f"{tweak[-1][1]:.1f} dB at {tweak[-1][0]:.2f} s"])
     heads = ["demo network", "latent alone", *(f"{mark:.0f} dB" for mark in MARKS), "last iteration"]
-    return _lines(heads, found) if found else ""
+    return lines(heads, found) if found else ""
 
 
 def block(rows: Sequence[Row]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import invert_table, kept, precisions, step_table
+from benchmarks import compat_table, invert_table, kept, precisions, step_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = kept.FOLDER / "ops.json"
@@ -236,6 +236,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[Any], str]]] = {
     "steps": (step_table.RESULTS, step_table.block),
     "inversions": (invert_table.RESULTS, invert_table.block),
     "precisions": (precisions.RESULTS, precisions.block),
+    "codebases": (compat_table.RESULTS, compat_table.block),
     "ops": (RESULTS, block),
 }
 """By name: the file of results, and what the README says of it between the marks of that name."""
