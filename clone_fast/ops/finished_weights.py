@@ -95,6 +95,14 @@ def fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
     return empty_result(x, [x.shape[0], weight.shape[-4], height, width])
 
 
+def empty(weight: Tensor, styles: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[N, O, I, k, k] in the memory order [N, k, k, O, I] that the convolutions read; without styles no N."""
+    *_, o, i, k, _ = weight.shape
+    if styles is None:
+        return weight.new_empty([k, k, o, i], dtype=dtype).permute(2, 3, 0, 1)
+    return weight.new_empty([styles.shape[0], k, k, o, i], dtype=dtype).permute(0, 3, 4, 1, 2)
+
+
 def _run_backward(backend: str, dy: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients to x, weight, noise, noise_strength and bias; an empty tensor where none is wanted."""
     *inputs, wanted = args

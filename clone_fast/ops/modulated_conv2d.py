@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clone_fast.ops import finished_weights
 from clone_fast.ops.bias_act import bias_act
 from clone_fast.ops.checks import (
     check_activation,
@@ -23,7 +24,7 @@ from clone_fast.ops.checks import (
     describe,
 )
 from clone_fast.ops.dispatch import launch_step, resolve, step_backend
-from clone_fast.ops.finished_weights import convolve
+from clone_fast.ops.factored_weights import factored_conv2d, serves
 from clone_fast.ops.registration import Recorded, as_result, composite_gradients, like, register, without_autocast
 from clone_fast.ops.streams import beside
 from clone_fast.reference import modulated_conv2d as spec
@@ -32,13 +33,6 @@ from clone_fast.reference.bias_act import ACTIVATIONS, activation_defaults
 __all__ = ["modulated_conv2d"]
 
 FUSED = ("linear", "relu", "lrelu")  # what a convolution's epilogue can do, and undo from its result, with a gain > 0
-
-def _empty_weights(weight: Tensor, styles: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[N, O, I, k, k] in the memory order [N, k, k, O, I] that the convolutions read; without styles no N."""
-    *_, o, i, k, _ = weight.shape
-    if styles is None:
-        return weight.new_empty([k, k, o, i], dtype=dtype).permute(2, 3, 0, 1)
-    return weight.new_empty([styles.shape[0], k, k, o, i], dtype=dtype).permute(0, 3, 4, 1, 2)
 
 
 def _weights_reference(
@@ -51,7 +45,7 @@ def _weights_reference(
 
 def _run_weights(backend: str, weight: Tensor, styles: Tensor | None, *options: Any) -> Tensor:
     if backend == "reference":
-        return _empty_weights(weight, styles, options[-1]).copy_(_weights_reference(weight, styles, *options))
+        return finished_weights.empty(weight, styles, options[-1]).copy_(_weights_reference(weight, styles, *options))
     made: Tensor = launch_step("modulated_conv2d", "modulate", backend, weight, styles, *options)
     return made
 
@@ -75,7 +69,7 @@ _weights_op = register(
     "modulated_weights",
     f"({_WEIGHTS}) -> Tensor",
     run=_run_weights,
-    fake=lambda weight, styles, *options: _empty_weights(weight, styles, options[-1]),
+    fake=lambda weight, styles, *options: finished_weights.empty(weight, styles, options[-1]),
     gradients=_weights_gradients,
     differentiable=[0, 1],
 )
@@ -98,9 +92,7 @@ def _modulated_weights(weight: Tensor, styles: Tensor | None, x: Tensor, *option
         return weight
     # beside, for the sake of its gradient, for which the layers before this one need not wait
     made: Tensor
-    made, _ = beside(
-        x.device, "weights", lambda: _weights_op(weight, styles, *options, x.dtype, backend), lambda: None
-    )
+    made, _ = beside(x.device, "weights", lambda: _weights_op(weight, styles, *options, x.dtype, backend), lambda: None)
     return made
 
 
@@ -215,7 +207,10 @@ def modulated_conv2d(
             eps=float(eps),
         )
         return exact
-    weight = _modulated_weights(weight, styles, x, demodulate, float(eps))
-    tensors = (_in_dtype(value, x) for value in (weight, noise, noise_strength, bias))
-    y: Tensor = convolve(x, *tensors, *geometry, chosen)
+    rest = (*(_in_dtype(value, x) for value in (noise, noise_strength, bias)), *geometry)
+    if styles is not None and serves(x, weight, styles):
+        y = factored_conv2d(x, weight, styles, demodulate, float(eps), *rest, backend=chosen)
+    else:
+        made = _modulated_weights(weight, styles, x, demodulate, float(eps))
+        y = finished_weights.convolve(x, made.to(x.dtype), *rest, chosen)
     return y if fused else bias_act(y, act=act, gain=gain_value, clamp=limit, backend=chosen)
