@@ -1,7 +1,8 @@
 """modulated_conv2d: StyleGAN2's convolutions with everything around them, as one op.
 
 On a fast backend it is two launches: `modulated_weights`, tiny, gives every sample its weights; the registered op
-convolves with finished weights, shared or per sample, and does all the rest.
+convolves with finished weights, shared or per sample, and does all the rest. Where the weight is frozen, and x and
+styles are not, the two are those of `factored_weights`.
 """
 
 from __future__ import annotations
