@@ -214,6 +214,16 @@ def launch_factored_backward(
     dstyles = torch.empty_like(s, dtype=dtype)
     block = min(triton.next_power_of_2(outputs), ROWS)
     _factored_backward_kernel[(triton.cdiv(channels, COLUMNS), len(s))](
-        ds, dd, s, d, energy, dstyles, channels, outputs, BR=block, BC=COLUMNS, num_warps=WARPS
+        ds.contiguous(),
+        dd.contiguous(),
+        s,
+        d,
+        energy,
+        dstyles,
+        channels,
+        outputs,
+        BR=block,
+        BC=COLUMNS,
+        num_warps=WARPS,
     )
     return dstyles

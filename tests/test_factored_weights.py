@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from grids import assert_op_check, compiled
+from launches import counted
 from spec_leaf import steps
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from clone_fast.nn import Architecture, Generator
 from clone_fast.ops import dispatch, explain, factored_weights, modulated_conv2d, setup_filter
 from clone_fast.ops.dispatch import Leaf
 
@@ -234,3 +236,19 @@ def test_compiles_without_a_graph_break(up: int, down: int, used: list[str]) -> 
     _, (_, *rest) = split(args)
     compiled(lambda x: run(x, *rest), args["x"], [args["styles"], args["bias"]])
     assert "factor_gradients" in used
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_generator_at_fixed_weights(dtype: torch.dtype) -> None:
+    """Config F: the weights of the first layer, whose image wants no gradient, and of the images go by their own."""
+    pytest.importorskip("triton")
+    with torch.device("meta"):
+        generator = Generator(Architecture()).requires_grad_(False)
+        ws = torch.empty(1, 18, 512, requires_grad=True)
+    with counted() as launches:
+        image = generator.synthesis(ws, dtype=dtype)
+        image.backward(torch.empty_like(image))
+    for op in ("factored_weights", "factored_conv2d"):
+        assert launches.found[f"clone_fast::{op}"] == launches.found[f"clone_fast::{op}_backward"] == 16
+    for op in ("modulated_weights", "modulated_conv2d"):
+        assert launches.found[f"clone_fast::{op}"] == launches.found[f"clone_fast::{op}_backward"] == 10

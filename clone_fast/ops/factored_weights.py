@@ -41,7 +41,7 @@ def serves(x: Tensor, weight: Tensor, styles: Tensor | None) -> bool:
 
 
 def _empty(weight: Tensor, styles: Tensor, demodulate: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    compute = torch.promote_types(torch.promote_types(weight.dtype, styles.dtype), torch.float32)
+    compute = torch.promote_types(dtype, torch.float32)
     (n, i), o = styles.shape, weight.shape[0]
     made = finished_weights.empty(weight, styles, dtype)
     shapes = ([n, i], [n, o], [o, i]) if demodulate else ([n, i], [0], [0])
@@ -53,18 +53,16 @@ def _run_weights(backend: str, *args: Any) -> tuple[Tensor, ...]:
     return made, s, s.new_empty([0]) if d is None else d, s.new_empty([0]) if energy is None else energy
 
 
-def _factors(weight: Tensor, styles: Tensor, demodulate: bool, eps: float, dtype: torch.dtype) -> list[Tensor | None]:
-    _, s, d, _ = spec.factored_weights(weight, styles, demodulate=demodulate, eps=eps, dtype=dtype)
-    return [s, d]
-
-
 def _weights_gradients(recorded: Recorded, grads: list[Any], wanted: list[int]) -> Sequence[Tensor | None]:
     _, ds, dd, _ = grads
     if torch.is_grad_enabled():
-        used = [i for i, grad in enumerate((ds, dd)) if grad is not None]
-        return composite_gradients(
-            lambda *args: [_factors(*args)[i] for i in used], recorded.args, wanted, [(ds, dd)[i] for i in used]
-        )
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+
+        def factors(weight: Tensor, styles: Tensor, demodulate: bool, eps: float, dtype: torch.dtype) -> list[Any]:
+            made = spec.factored_weights(weight, styles, demodulate=demodulate, eps=eps, dtype=dtype)
+            return [made[i] for i in used]
+
+        return composite_gradients(factors, recorded.args, wanted, [grads[i] for i in used])
     _, s, d, energy = recorded.results
     dtype, ds = recorded.args[1].dtype, torch.zeros_like(s) if ds is None else ds
     if dd is None:
