@@ -2,7 +2,8 @@
 
 With y = clamp(gain * act(z)) and z = conv + strength * noise + bias, it turns dy into g = dz and adds g up: over the
 pixels for the bias, over the channels for the noise, over both for the noise's strength. The mask is read off y. Each
-program writes sums of its own; a second, small kernel adds these, always in the same order.
+program writes sums of its own; a second, small kernel adds these, always in the same order. Where asked it adds up g
+conv, too, over the pixels of each sample, and leaves it at its programs' sums: `_factors` adds those.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ ELEMENTS = 2048  # of a tile
 ADDED = 512  # of a step of the second pass
 WARPS = 4
 PROGRAMS_PER_SM = 8
+PROGRAMS_WITH_DOTS = 5  # whose registers leave room for no more
 TILES = 4  # of a program at least where the GPU is full, so that few sums are left for the second pass
 COLUMNS = 8  # channels that a program of the second pass adds: 32 bytes of each row, of ROWS rows at a time
 ROWS = 1024
@@ -33,10 +35,12 @@ def _act_backward_kernel(
     y,
     noise,
     strength,
+    bias,
     g,
     bias_sums,
     noise_sums,
     strength_sums,
+    dots,
     channels,
     pixels,
     tiles_p,
@@ -50,22 +54,34 @@ def _act_backward_kernel(
     CHANNELS_LAST: tl.constexpr,
     DIRECT: tl.constexpr,
     SCALED: tl.constexpr,
+    NOISY: tl.constexpr,
+    BIASED: tl.constexpr,
     WANT_NOISE: tl.constexpr,
     WANT_STRENGTH: tl.constexpr,
     WANT_BIAS: tl.constexpr,
+    WANT_DOTS: tl.constexpr,
     BC: tl.constexpr,
     BP: tl.constexpr,
 ):
     """Programs (share of the tiles, block of channels); a tile is BP pixels of one sample times BC channels.
 
     pixels: of one sample. noise_samples: 1 where all samples share the noise. DIRECT: the sums over the channels are
-    the gradient of the noise itself, but for the factor of the strength (SCALED).
+    the gradient of the noise itself, but for the factor of the strength (SCALED). WANT_DOTS: a share is of one sample.
     """
     share = tl.program_id(0)
+    first, end, step = share, tiles, tl.num_programs(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    if WANT_DOTS:
+        of_dots = tl.zeros((BP, BC), dtype=tl.float32)
+        step = tl.num_programs(0) // (tiles // tiles_p)
+        end = (share // step + 1) * tiles_p
+        first = end - tiles_p + share % step
+        shift = 0.0
+        if BIASED:
+            shift = tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)
     of_bias = tl.zeros((BP, BC), dtype=tl.float32)
     of_strength = tl.zeros((BP, 1), dtype=tl.float32)
-    for tile in range(share, tiles, tl.num_programs(0)):
+    for tile in range(first, end, step):
         n = tile // tiles_p
         p = tile % tiles_p * BP + tl.arange(0, BP)[:, None]
         inside = (p < pixels) & (c < channels)
@@ -74,20 +90,31 @@ def _act_backward_kernel(
         else:
             at = (n * channels + c) * pixels + p
         value = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        if SLOPE != 1.0 or CLAMP:
+        if SLOPE != 1.0 or CLAMP or WANT_DOTS:
             seen = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+            dot = value * seen
             if SLOPE != 1.0:
                 value *= tl.where(seen > 0, gain, gain * SLOPE)
             else:
                 value *= gain
             if CLAMP:
                 value = tl.where(tl.abs(seen) < clamp, value, 0.0)
+                dot = tl.where(tl.abs(seen) < clamp, dot, 0.0)
         else:
             value *= gain
         if GRADIENT:
             tl.store(g + at, value.to(g.dtype.element_ty), mask=inside)
         if WANT_BIAS:
             of_bias += value
+        if WANT_DOTS:
+            added = shift
+            if NOISY:
+                at = n % noise_samples * pixels + p
+                level = tl.load(noise + at, mask=p < pixels, other=0.0).to(tl.float32)
+                if SCALED:
+                    level *= tl.load(strength).to(tl.float32)
+                added += level
+            of_dots += dot - value * added
         if WANT_NOISE or WANT_STRENGTH:
             of_pixel = tl.sum(value, axis=1, keep_dims=True)
             if WANT_STRENGTH:
@@ -102,6 +129,9 @@ def _act_backward_kernel(
         # Side by side: sums of one program apart from each other cost 80 ps each, more than the pass over the image.
         c = tl.program_id(1) * BC + tl.arange(0, BC)
         tl.store(bias_sums + share * channels + c, tl.sum(of_bias, axis=0), mask=c < channels)
+    if WANT_DOTS:
+        c = tl.program_id(1) * BC + tl.arange(0, BC)
+        tl.store(dots + share * channels + c, tl.sum(of_dots, axis=0), mask=c < channels)
     if WANT_STRENGTH:
         tl.store(strength_sums + tl.program_id(1) * tl.num_programs(0) + share, tl.sum(of_strength))
 
@@ -168,6 +198,8 @@ def supports_act_backward(
     want_noise: bool,
     want_strength: bool,
     want_bias: bool,
+    bias: Tensor | None = None,
+    want_dots: bool = False,
 ) -> str | None:
     """None where `launch_act_backward` can run, else the reason why not."""
     if act not in SLOPES:
@@ -182,13 +214,13 @@ def supports_act_backward(
     return None
 
 
-def _shares(device: torch.device, tiles: int, blocks: int) -> int:
+def shares_of(device: torch.device, tiles: int, blocks: int, programs: int = PROGRAMS_PER_SM) -> int:
     """How many programs of the first pass share the tiles: as many as a GPU holds, fewer where that leaves them little.
 
     Yet one for each processor if there are tiles enough; and all have as many tiles, but for the last.
     """
     count = multiprocessors(device)
-    shares = min(max(tiles // TILES, triton.cdiv(count, blocks)), max(1, PROGRAMS_PER_SM * count // blocks), tiles)
+    shares = min(max(tiles // TILES, triton.cdiv(count, blocks)), max(1, programs * count // blocks), tiles)
     return triton.cdiv(tiles, triton.cdiv(tiles, shares))
 
 
@@ -203,17 +235,21 @@ def launch_act_backward(
     want_noise: bool,
     want_strength: bool,
     want_bias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(g, dnoise, dstrength, dbias); what is not wanted is None.
+    bias: Tensor | None = None,
+    want_dots: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(g, dnoise, dstrength, dbias, dots); what is not wanted is None.
 
     Args:
         dy, y: [N, C, H, W], the gradient of the result and the result, in any layout; the fastest is y's for both.
         noise: [H, W], [1, 1, H, W] or [N, 1, H, W]. noise_strength: scalar, or None for 1.
         act: "linear", "relu" or "lrelu" (slope 0.2). gain: positive. clamp: of the result, or None.
+        bias: [C], what z contains of it; for the dots alone.
 
     Returns:
         g in dy's dtype and y's layout: dy itself where its factor is 1 everywhere. dnoise in noise's shape and dtype,
         dstrength [] and dbias [C] in y's dtype: float32 sums of g before it is rounded, rounded once.
+        dots [N, any, C] in float32, which added up over the middle are the sums of g conv over the pixels.
     """
     n, channels, height, width = y.shape
     pixels = height * width
@@ -224,8 +260,8 @@ def launch_act_backward(
     g = torch.empty_like(dy) if changes else dy
     if noise is None:
         want_noise = want_strength = False
-    if not (changes or want_noise or want_strength or want_bias):
-        return g, None, None, None
+    if not (changes or want_noise or want_strength or want_bias or want_dots):
+        return g, None, None, None, None
 
     # Channels last: all channels of some pixels. Else few channels of many pixels, more where they are to be added.
     bc = min(triton.next_power_of_2(channels), 1024 if last else 32 if want_noise else 8)
@@ -233,7 +269,10 @@ def launch_act_backward(
     blocks = triton.cdiv(channels, bc)
     tiles_p = triton.cdiv(pixels, bp)
     tiles = tiles_p * n
-    shares = _shares(y.device, tiles, blocks)
+    if want_dots:
+        shares = n * shares_of(y.device, tiles_p, n * blocks, PROGRAMS_WITH_DOTS)
+    else:
+        shares = shares_of(y.device, tiles, blocks)
 
     def sums(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=y.device)
@@ -246,16 +285,19 @@ def launch_act_backward(
     bias_sums = sums(shares, channels) if want_bias else None
     strength_sums = sums(blocks * shares) if want_strength else None
     noise_sums = (dnoise if direct else sums(blocks, n, pixels)) if want_noise else None
+    dots = sums(n, shares // n, channels) if want_dots else None
     exact = None if clamp is None else _rounded(clamp, y.dtype)
     _act_backward_kernel[(shares, blocks)](
         dy,
         y,
         None if noise is None else noise.contiguous(),
         noise_strength,
+        None if bias is None else bias.contiguous(),
         g,
         bias_sums,
         noise_sums,
         strength_sums,
+        dots,
         channels,
         pixels,
         tiles_p,
@@ -269,9 +311,12 @@ def launch_act_backward(
         CHANNELS_LAST=last,
         DIRECT=direct,
         SCALED=noise_strength is not None,
+        NOISY=noise is not None,
+        BIASED=bias is not None,
         WANT_NOISE=want_noise,
         WANT_STRENGTH=want_strength,
         WANT_BIAS=want_bias,
+        WANT_DOTS=want_dots,
         BC=bc,
         BP=bp,
         num_warps=WARPS,
@@ -302,7 +347,7 @@ def launch_act_backward(
             BC=COLUMNS,
             num_warps=WARPS,
         )
-    return g, dnoise, dstrength, dbias
+    return g, dnoise, dstrength, dbias, dots
 
 
 @functools.cache

@@ -94,6 +94,9 @@ def _modulate_kernel(
     weight,
     styles,
     out,
+    kept_s,
+    kept_d,
+    energy,
     samples,
     channels,
     w_n,
@@ -104,11 +107,13 @@ def _modulate_kernel(
     s_i,
     eps,
     fan_in,
+    smallest,
     TAPS: tl.constexpr,
     STYLED: tl.constexpr,
     OWN: tl.constexpr,
     DEMODULATE: tl.constexpr,
     NORMALISE: tl.constexpr,
+    KEEP: tl.constexpr,
     TINY_VALUE: tl.constexpr,
     BI: tl.constexpr,
     BT: tl.constexpr,
@@ -117,6 +122,7 @@ def _modulate_kernel(
 
     OWN: every sample has a weight of its own. STYLED: there are styles; else the weight is put in order, no more.
     NORMALISE: scales weights and styles to what float16 can hold; the demodulation cancels both factors again.
+    KEEP: the factors, too: kept_s [N, I], none closer to zero than `smallest`, kept_d [N, O], energy [O, I].
     """
     o = tl.program_id(0)
     i = tl.arange(0, BI)
@@ -129,18 +135,27 @@ def _modulate_kernel(
         s = 1.0
         if STYLED:
             s = tl.load(styles + n * s_n + i * s_i, mask=inside, other=0.0).to(tl.float32)
+        if KEEP:
+            s = tl.where(tl.abs(s) < smallest, tl.where(s < 0, -smallest, smallest), s)
+            if o == 0:
+                tl.store(kept_s + n * channels + i, s, mask=inside)
         if NORMALISE:
             s *= 1.0 / tl.maximum(tl.max(tl.abs(s)), TINY_VALUE)
         if OWN:
             own = _loaded(weight + n * w_n, w_tap, inside, TAPS)
             if NORMALISE:
                 own = _scaled(own, 1.0 / (tl.sqrt(fan_in) * tl.maximum(_largest(own, TAPS), TINY_VALUE)), TAPS)
-            product = _scaled(own, s, TAPS)
         else:
-            product = _scaled(w, s, TAPS)
-        if DEMODULATE:
-            product = _scaled(product, tl.rsqrt(tl.sum(_added(product, product, TAPS, BT)) + eps), TAPS)
+            own = w
+        product = _scaled(own, s, TAPS)
         outputs = tl.num_programs(0)
+        if DEMODULATE:
+            d = tl.rsqrt(tl.sum(_added(product, product, TAPS, BT)) + eps)
+            product = _scaled(product, d, TAPS)
+            if KEEP:
+                tl.store(kept_d + n * outputs + o, d)
+                if n == 0:
+                    tl.store(energy + o * channels + i, _added(own, own, TAPS, BT), mask=inside)
         at = out + (n * TAPS * outputs + o) * channels
         _stored(at, 1, outputs * channels, product, channels, TAPS, False, BI, BT)
 
@@ -255,7 +270,15 @@ def _strides(weight: Tensor) -> tuple[int, ...]:
     return (0, *weight.stride()) if weight.ndim == 3 else weight.stride()
 
 
-def modulate(weight: Tensor, styles: Tensor | None, demodulate: bool, eps: float, dtype: torch.dtype) -> Tensor:
+def modulate(
+    weight: Tensor,
+    styles: Tensor | None,
+    demodulate: bool,
+    eps: float,
+    dtype: torch.dtype,
+    kept: tuple[Tensor | None, ...] = (None, None, None),
+    smallest: float = 0.0,
+) -> Tensor:
     """weight * styles * d in dtype, computed in float32 and rounded once.
 
     Args:
@@ -263,6 +286,7 @@ def modulate(weight: Tensor, styles: Tensor | None, demodulate: bool, eps: float
             bfloat16, any strides. Without styles, and demodulation, the weight is put into dtype and order.
         eps: inside the root of the demodulation. For a result in float16 it counts relative to the largest weight and
             style, which is what normalising both first amounts to.
+        kept, smallest: what `_factors.launch_factored` returns besides, to be written to.
 
     Returns:
         [N, O, I, k, k], in memory [N, k, k, O, I]; without styles [O, I, k, k], of a weight of four dimensions.
@@ -277,17 +301,20 @@ def modulate(weight: Tensor, styles: Tensor | None, demodulate: bool, eps: float
         flat,
         styles,
         out,
+        *kept,
         n,
         i,
         *_strides(flat),
         *((0, 0) if styles is None else styles.stride()),
         eps,
         float(i * k * k),
+        smallest,
         TAPS=k * k,
         STYLED=styles is not None,
         OWN=weight.ndim == 5 or n == 1,
         DEMODULATE=demodulate,
         NORMALISE=demodulate and dtype == torch.float16,
+        KEEP=kept[0] is not None,
         TINY_VALUE=TINY,
         BI=bi,
         BT=triton.next_power_of_2(k * k),

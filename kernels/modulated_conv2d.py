@@ -16,6 +16,7 @@ from clone_fast.kernels._conv_memory import on_16_bytes
 from clone_fast.kernels._conv_tuning import divides_warps
 from clone_fast.kernels._dense import SLOPES, layout_of
 from clone_fast.kernels._epilogue import Epilogue
+from clone_fast.kernels._factors import launch_factor_gradients, launch_factored, launch_factored_backward
 from clone_fast.kernels._fir_epilogue import fir
 from clone_fast.kernels._modulate import modulate as launch_modulate
 from clone_fast.kernels._modulate import modulate_backward as launch_modulate_backward
@@ -26,6 +27,9 @@ __all__ = [
     "launch_act_backward",
     "launch_conv",
     "launch_conv_finish",
+    "launch_factor_gradients",
+    "launch_factored",
+    "launch_factored_backward",
     "launch_finish",
     "launch_modulate",
     "launch_modulate_backward",

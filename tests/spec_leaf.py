@@ -171,7 +171,9 @@ def act_backward(
     want_noise: bool,
     want_strength: bool,
     want_bias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    bias: Tensor | None = None,
+    want_dots: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     slope = torch.full_like(y, gain)
     if act != "linear":
         slope = torch.where(y > 0, slope, slope * ACTIVATIONS[act].alpha)
@@ -185,7 +187,12 @@ def act_backward(
         dnoise = dnoise.reshape(noise.shape)
     if want_strength:
         dstrength = g.new_zeros([]) if noise is None else (g * noise).sum()
-    return g, dnoise, dstrength, g.sum([0, 2, 3]) if want_bias else None
+    dots = None
+    if want_dots:
+        z = torch.where(slope == 0, 0, y / slope)
+        z = z if noise is None else z - noise * strength
+        dots = (g * (z if bias is None else z - bias[:, None, None])).sum([2, 3])[:, None]
+    return g, dnoise, dstrength, g.sum([0, 2, 3]) if want_bias else None, dots
 
 
 def modulate(weight: Tensor, styles: Tensor | None, demodulate: bool, eps: float, dtype: torch.dtype) -> Tensor:
@@ -206,6 +213,23 @@ def modulate_backward(
     return dweight, dstyles
 
 
+def factored(weight: Tensor, styles: Tensor, demodulate: bool, eps: float, dtype: torch.dtype, _: float) -> Any:
+    made, *rest = modulated_conv2d.factored_weights(weight, styles, demodulate=demodulate, eps=eps, dtype=dtype)
+    return made.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2), *rest
+
+
+def factored_backward(ds: Tensor, dd: Tensor, s: Tensor, d: Tensor, energy: Tensor, dtype: torch.dtype) -> Tensor:
+    return (ds - s * ((dd * d**3) @ energy)).to(dtype)
+
+
+def factor_gradients(
+    x: Tensor, dx: Tensor, s: Tensor, dots: Tensor | None, d: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    ds = (x.to(compute) * dx.to(compute)).sum([2, 3]) / s
+    return ds, None if dots is None or d is None else dots.sum(1) / d
+
+
 SPEC: dict[str, dict[str, Callable[..., Any]]] = {
     "bias_act": {"launch": _bias_act, "launch_backward": bias_act_backward, "launch_second": bias_act_second},
     "upfirdn2d": {"launch": _upfirdn2d},
@@ -223,6 +247,9 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
         "launch_act_backward": act_backward,
         "launch_modulate": modulate,
         "launch_modulate_backward": modulate_backward,
+        "launch_factored": factored,
+        "launch_factored_backward": factored_backward,
+        "launch_factor_gradients": factor_gradients,
     },
 }
 

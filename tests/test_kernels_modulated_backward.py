@@ -269,7 +269,7 @@ def check_act_backward(
     wants = (True, True, True)
     args = (grad, rounded, maps, None if maps is None else strength, act, gain, clamp)
     assert module.supports_act_backward(*args, *wants) is None
-    g, dnoise, dstrength, dbias = module.launch_act_backward(*args, *wants)
+    g, dnoise, dstrength, dbias, _ = module.launch_act_backward(*args, *wants)
     want = torch.autograd.grad(y64, leaves64, dy.double(), allow_unused=True)
     plain = torch.autograd.grad(y, leaves, dy.float(), allow_unused=True)
     assert g.dtype == dtype
@@ -285,7 +285,7 @@ def check_act_backward(
     for wanted in (True, False, False), (False, True, False), (False, False, True), (False, False, False):
         some = module.launch_act_backward(*args, *wanted)
         assert torch.equal(some[0], g)
-        for got, whole, asked in zip(some[1:], (dnoise, dstrength, dbias), wanted, strict=True):
+        for got, whole, asked in zip(some[1:4], (dnoise, dstrength, dbias), wanted, strict=True):
             assert (got is not None) == asked
             if asked:
                 torch.testing.assert_close(got, whole)
@@ -421,7 +421,7 @@ def test_backward_is_captured_and_deterministic() -> None:
 
     def step() -> list[Tensor]:
         found = act.launch_act_backward(dy, y, noise, strength, "lrelu", 2**0.5, 1.0, True, True, True)
-        return [*found, wgrad.launch_wgrad(y, found[0], 3, 1, 1, True)]
+        return [*found[:4], wgrad.launch_wgrad(y, found[0], 3, 1, 1, True)]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -224,7 +224,7 @@ def test_the_second_derivative_of_a_discriminator_s_layers_takes_the_leaf(
         raise AssertionError("a convolution went to the composite")
 
     monkeypatch.setattr(dispatch, "leaf", lambda op, name: Leaf(steps(op, whole=whole)))
-    monkeypatch.setattr(sys.modules["clone_fast.ops.modulated_conv2d"], "composite_gradients", never)
+    monkeypatch.setattr(sys.modules["clone_fast.ops.finished_weights"], "composite_gradients", never)
     args = tensors(up, down, k, own_weights=k == 1)
     f = setup_filter([1, 2, 4, 1, 3]).double()
     rest = {name: args[name].detach() for name in ("x", "weight", "bias") if name not in names}

@@ -57,7 +57,7 @@ def convolution_gradients(
     if (act, gain, clamp, any(want_sums)) == ("linear", 1.0, None, False) and dy.stride() == y.stride():
         g, sums = dy, [None] * 3
     else:
-        g, *sums = step("act_backward", dy, y, noise, noise_strength, act, gain, clamp, *want_sums)
+        g, *sums, _ = step("act_backward", dy, y, noise, noise_strength, act, gain, clamp, *want_sums)
     dx = dw = None
     if up == 1 and down == 1:
         k = weight.shape[-1]
@@ -72,6 +72,43 @@ def convolution_gradients(
         resample = _up_gradients if up == 2 else _down_gradients
         dx, dw = resample(backend, step, g, x, weight, f, want_dx, want_dw)
     return [dx, dw, *sums]
+
+
+def factor_gradients(
+    backend: str,
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    resample_filter: Tensor | None,
+    up: int,
+    down: int,
+    act: str,
+    gain: float,
+    clamp: float | None,
+    s: Tensor,
+    d: Tensor | None,
+    want_sums: list[bool],
+) -> list[Tensor | None]:
+    """Gradients to x, s and d, and where wanted to noise, noise_strength and bias; see `factored_weights`.
+
+    c, the convolution alone, is linear in s[n, i] with x[n, i], and in d[n, o] with itself. So
+
+    s[n, i] ds[n, i] = sum over the pixels of x[n, i] dx[n, i]
+    d[n, o] dd[n, o] = sum over the pixels of g[n, o] c[n, o], where g c = dy y - g (noise * noise_strength + bias)
+
+    since g z = dy y for an activation of slopes alone, and g = 0 beyond the clamp.
+    """
+    geometry = (resample_filter, up, down)
+    bare = (None, None, None, *geometry, "linear", 1.0, None, [True, False, False, False, False])
+    activation = (noise, noise_strength, act, gain, clamp, *want_sums)
+    g, *sums, dots = launch_step("modulated_conv2d", "act_backward", backend, dy, y, *activation, bias, d is not None)
+    dx = convolution_gradients(backend, g, g, x, weight, *bare)[0]
+    ds, dd = launch_step("modulated_conv2d", "factor_gradients", backend, x, dx, s, dots, d)
+    return [dx, ds, dd, *sums]
 
 
 def _fir(backend: str, x: Tensor, f: Tensor, *args: Any) -> Tensor:

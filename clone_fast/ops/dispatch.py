@@ -184,11 +184,16 @@ def resolve(op: str, requested: str, x: Tensor, *args: Any) -> str:
 
 def _note(op: str, name: str, args: tuple[Any, ...]) -> None:
     """For `explain`: how this call will run."""
-    if torch.compiler.is_compiling():
-        return
-    notes, found = _notes.get(), leaf(op, name)
-    if notes is not None and not isinstance(found, str):
-        notes.append(found.describe(args))
+    found = None if torch.compiler.is_compiling() else leaf(op, name)
+    if isinstance(found, Leaf):
+        note(found.describe(args))
+
+
+def note(text: str | None) -> None:
+    """Something that `explain` shall tell of the call that it makes."""
+    notes = None if torch.compiler.is_compiling() else _notes.get()
+    if notes is not None:
+        notes.append(text)
 
 
 @constant_result

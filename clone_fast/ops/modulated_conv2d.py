@@ -1,7 +1,8 @@
 """modulated_conv2d: StyleGAN2's convolutions with everything around them, as one op.
 
 On a fast backend it is two launches: `modulated_weights`, tiny, gives every sample its weights; the registered op
-convolves with finished weights, shared or per sample, and does all the rest.
+convolves with finished weights, shared or per sample, and does all the rest. Where the weight is frozen, and x and
+styles are not, the two are those of `factored_weights`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clone_fast.ops import finished_weights
 from clone_fast.ops.bias_act import bias_act
 from clone_fast.ops.checks import (
     check_activation,
@@ -22,17 +24,9 @@ from clone_fast.ops.checks import (
     check_tensor,
     describe,
 )
-from clone_fast.ops.convolution_gradients import convolution_gradients, second_gradients
-from clone_fast.ops.dispatch import is_whole, launch_step, resolve, step_backend
-from clone_fast.ops.registration import (
-    Recorded,
-    as_result,
-    composite_gradients,
-    empty_result,
-    like,
-    register,
-    without_autocast,
-)
+from clone_fast.ops.dispatch import launch_step, resolve, step_backend
+from clone_fast.ops.factored_weights import factored_conv2d, serves
+from clone_fast.ops.registration import Recorded, as_result, composite_gradients, like, register, without_autocast
 from clone_fast.ops.streams import beside
 from clone_fast.reference import modulated_conv2d as spec
 from clone_fast.reference.bias_act import ACTIVATIONS, activation_defaults
@@ -40,149 +34,6 @@ from clone_fast.reference.bias_act import ACTIVATIONS, activation_defaults
 __all__ = ["modulated_conv2d"]
 
 FUSED = ("linear", "relu", "lrelu")  # what a convolution's epilogue can do, and undo from its result, with a gain > 0
-
-_CONV = (
-    "Tensor x, Tensor weight, Tensor? noise, Tensor? noise_strength, Tensor? bias, Tensor? resample_filter, "
-    "int up, int down, str act, float gain, float? clamp"
-)
-
-
-def _reference(
-    x: Tensor,
-    weight: Tensor,
-    noise: Tensor | None,
-    noise_strength: Tensor | None,
-    bias: Tensor | None,
-    resample_filter: Tensor | None,
-    up: int,
-    down: int,
-    act: str,
-    gain: float,
-    clamp: float | None,
-) -> Tensor:
-    """On finished weights."""
-    return spec.modulated_conv2d(
-        x,
-        weight,
-        demodulate=False,
-        up=up,
-        down=down,
-        resample_filter=resample_filter,
-        noise=noise,
-        noise_strength=noise_strength,
-        bias=bias,
-        act=act,
-        gain=gain,
-        clamp=clamp,
-    )
-
-
-def _run(backend: str, x: Tensor, *args: Any) -> Tensor:
-    if backend == "reference":
-        return as_result(_reference(x, *args), x)
-    up, down = args[5:7]
-    if (up, down) != (1, 1) and not is_whole("modulated_conv2d", backend, x, *args):
-        return as_result(_composed(backend, x, *args), x)
-    y: Tensor = launch_step("modulated_conv2d", "", backend, x, *args)
-    return y
-
-
-def _composed(
-    backend: str,
-    x: Tensor,
-    weight: Tensor,
-    noise: Tensor | None,
-    noise_strength: Tensor | None,
-    bias: Tensor | None,
-    resample_filter: Tensor | None,
-    up: int,
-    down: int,
-    *activation: Any,
-) -> Tensor:
-    """The resampling convolution in two launches, each on the best leaf: the filter finishes it, or goes before it."""
-
-    def step(name: str, *args: Any) -> Tensor:
-        y: Tensor = launch_step("modulated_conv2d", name, backend, *args)
-        return y
-
-    k, epilogue = weight.shape[-1], (noise, noise_strength, bias, *activation)
-    f = torch.ones([1, 1], device=x.device) if resample_filter is None else resample_filter
-    if up == 2:
-        z = step("conv", x, weight, 2, 0, True)
-        return step("finish", z, f, spec.upsampling_padding(f, k), 4.0, *epilogue)
-    inside = [2, 2] if k == 1 else [1, 1]  # a 1x1 kernel decimates inside the FIR
-    z = launch_step("upfirdn2d", "", backend, x, f, [1, 1], inside, spec.downsampling_padding(f, k), False, 1.0)
-    return step("conv_finish", z, weight, 1 if k == 1 else 2, 0, *epilogue)
-
-
-def _fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    up, down = args[4], args[5]
-    height, width = (size * up // down for size in x.shape[2:])
-    return empty_result(x, [x.shape[0], weight.shape[-4], height, width])
-
-
-def _run_backward(backend: str, dy: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Gradients to x, weight, noise, noise_strength and bias; an empty tensor where none is wanted."""
-    *inputs, wanted = args
-    found = convolution_gradients(backend, dy, y, *args)
-    return tuple(like(found[i], inputs[i]) if wanted[i] else dy.new_empty([0]) for i in range(5))
-
-
-def _fake_backward(dy: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *inputs, wanted = args
-    return tuple(torch.empty_like(inputs[i]) if wanted[i] else dy.new_empty([0]) for i in range(5))
-
-
-def _gradients(recorded: Recorded, grads: list[Tensor], wanted: list[int]) -> Sequence[Tensor | None]:
-    if recorded.backend == "reference":
-        return composite_gradients(_reference, recorded.args, wanted, grads[0])
-    found = _backward_op(grads[0], *recorded.results, *recorded.args, [i in wanted for i in range(5)], recorded.backend)
-    return [found[i] for i in wanted]
-
-
-def _first_derivative(dy: Tensor, y: Tensor, *args: Any) -> list[Tensor | None]:
-    """What the op below computes, differentiable again where grad mode is on."""
-    *inputs, wanted = args
-    positions = [i for i in range(5) if wanted[i]]
-    found = dict(zip(positions, composite_gradients(_reference, inputs, positions, dy), strict=True))
-    return [found.get(i) for i in range(5)]
-
-
-def _second_gradients(recorded: Recorded, grads: list[Any], wanted: list[int]) -> Sequence[Tensor | None]:
-    if torch.is_grad_enabled() or grads[2] is not None or grads[3] is not None:  # rare: by PyTorch's own autograd
-        used = [i for i, grad in enumerate(grads) if grad is not None]
-        return composite_gradients(
-            lambda *a: [_first_derivative(*a)[i] for i in used], recorded.args, wanted, [grads[i] for i in used]
-        )
-    found = second_gradients(_op, _backward_op, recorded, grads[0], grads[1], grads[4], wanted)
-    return [found[i] for i in wanted]
-
-
-_op = register(
-    "modulated_conv2d",
-    f"({_CONV}) -> Tensor",
-    run=_run,
-    fake=_fake,
-    gradients=_gradients,
-    differentiable=[0, 1, 2, 3, 4],
-    keep_results=True,
-)
-_backward_op = register(
-    "modulated_conv2d_backward",
-    f"(Tensor dy, Tensor y, {_CONV}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run=_run_backward,
-    fake=_fake_backward,
-    gradients=_second_gradients,
-    differentiable=[0, 2, 3, 4, 5],  # not y: what the backward takes from it are slopes, constant but for their kinks
-)
-
-
-def _empty_weights(weight: Tensor, styles: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[N, O, I, k, k] in the memory order [N, k, k, O, I] that the convolutions read; without styles no N."""
-    *_, o, i, k, _ = weight.shape
-    if styles is None:
-        return weight.new_empty([k, k, o, i], dtype=dtype).permute(2, 3, 0, 1)
-    return weight.new_empty([styles.shape[0], k, k, o, i], dtype=dtype).permute(0, 3, 4, 1, 2)
 
 
 def _weights_reference(
@@ -195,7 +46,7 @@ def _weights_reference(
 
 def _run_weights(backend: str, weight: Tensor, styles: Tensor | None, *options: Any) -> Tensor:
     if backend == "reference":
-        return _empty_weights(weight, styles, options[-1]).copy_(_weights_reference(weight, styles, *options))
+        return finished_weights.empty(weight, styles, options[-1]).copy_(_weights_reference(weight, styles, *options))
     made: Tensor = launch_step("modulated_conv2d", "modulate", backend, weight, styles, *options)
     return made
 
@@ -219,7 +70,7 @@ _weights_op = register(
     "modulated_weights",
     f"({_WEIGHTS}) -> Tensor",
     run=_run_weights,
-    fake=lambda weight, styles, *options: _empty_weights(weight, styles, options[-1]),
+    fake=lambda weight, styles, *options: finished_weights.empty(weight, styles, options[-1]),
     gradients=_weights_gradients,
     differentiable=[0, 1],
 )
@@ -242,9 +93,7 @@ def _modulated_weights(weight: Tensor, styles: Tensor | None, x: Tensor, *option
         return weight
     # beside, for the sake of its gradient, for which the layers before this one need not wait
     made: Tensor
-    made, _ = beside(
-        x.device, "weights", lambda: _weights_op(weight, styles, *options, x.dtype, backend), lambda: None
-    )
+    made, _ = beside(x.device, "weights", lambda: _weights_op(weight, styles, *options, x.dtype, backend), lambda: None)
     return made
 
 
@@ -359,7 +208,10 @@ def modulated_conv2d(
             eps=float(eps),
         )
         return exact
-    weight = _modulated_weights(weight, styles, x, demodulate, float(eps))
-    tensors = (_in_dtype(value, x) for value in (weight, noise, noise_strength, bias))
-    y: Tensor = _op(x, *tensors, *geometry, chosen)
+    rest = (*(_in_dtype(value, x) for value in (noise, noise_strength, bias)), *geometry)
+    if styles is not None and serves(x, weight, styles):
+        y = factored_conv2d(x, weight, styles, demodulate, float(eps), *rest, backend=chosen)
+    else:
+        made = _modulated_weights(weight, styles, x, demodulate, float(eps))
+        y = finished_weights.convolve(x, made.to(x.dtype), *rest, chosen)
     return y if fused else bias_act(y, act=act, gain=gain_value, clamp=limit, backend=chosen)

@@ -10,6 +10,8 @@ from clone_fast.reference.bias_act import bias_act
 from clone_fast.reference.convolution import conv2d, conv_transpose2d
 from clone_fast.reference.upfirdn2d import filter_size, upfirdn2d
 
+SMALLEST_STYLE = 1e-20
+
 
 def demodulation(weight: Tensor, styles: Tensor, eps: float | Tensor) -> Tensor:
     """Factors [N, O] that bring the modulated weights of every output channel to unit norm (StyleGAN2, eq. 3)."""
@@ -39,6 +41,32 @@ def modulated_weights(weight: Tensor, styles: Tensor, *, demodulate: bool, eps: 
             inside = eps * (weight.shape[-3] * weight.shape[-1] ** 2) * largest.square()
         modulated = modulated * demodulation(weight, styles, inside)[:, :, None, None, None]
     return modulated.to(dtype)
+
+
+def factored_weights(
+    weight: Tensor, styles: Tensor, *, demodulate: bool, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`modulated_weights` and what they are made of: made[n, o, i] = weight[o, i] * s[n, i] * d[n, o].
+
+    Where a style is closer to zero than SMALLEST_STYLE, s has that size and the style's sign, so that it can be divided
+    by. Next to any other style that is nothing, and without another the eps of the demodulation has made the result
+    nothing already; it leaves room for products with it, but for squares, in float32 and bfloat16. Not for float16.
+
+    Returns:
+        made [N, O, I, k, k] in dtype; s [N, I], d [N, O] and the energies of the filters, the sum of weight^2 over the
+        taps [O, I], in float32 at least. Without demodulation there are no d and energies.
+    """
+    compute = torch.promote_types(
+        torch.promote_types(weight.dtype, styles.dtype), torch.promote_types(dtype, torch.float32)
+    )
+    styles = styles.to(compute)
+    smallest = torch.where(styles < 0, -SMALLEST_STYLE, SMALLEST_STYLE)
+    s = styles + torch.where(styles.abs() < SMALLEST_STYLE, smallest - styles, 0).detach()
+    made = modulated_weights(weight, s, demodulate=demodulate, eps=eps, dtype=dtype)
+    if not demodulate:
+        return made, s, None, None
+    weight = weight.to(compute)
+    return made, s, demodulation(weight, s, eps), weight.square().sum(dim=[-2, -1])
 
 
 def _conv(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0, transposed: bool = False) -> Tensor:
