@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import Import, assert_close, built, codebase, run  # noqa: F401 (built: a fixture)
+from foreign import Import, assert_close, built, code_of, codebase, run  # noqa: F401 (built: a fixture)
 from played import PlayedGraphs
 from torch import Tensor, nn
 
@@ -45,7 +45,7 @@ def rosinality() -> Iterator[Import]:
 
 
 def entry(network: nn.Module, **options: Any) -> Replaced:
-    kind = type(network)
+    kind = code_of(network)
     report = clone_fast.accelerate(network, **options)
     return report.replaced[f"{kind.__module__}.{kind.__name__}"]
 
@@ -56,7 +56,7 @@ def trained(network: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
     adam = torch.optim.SGD(network.parameters(), lr=1e-3)
     found = []
     for x in inputs:
-        x = x.clone().requires_grad_()
+        x = x.detach().clone().requires_grad_()
         y = network(x)
         adam.zero_grad()
         y.square().mean().backward()

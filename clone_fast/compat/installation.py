@@ -157,8 +157,9 @@ class Installation:
         if isinstance(kind, type) and kind.__module__ == name:
             self._consider_convolution(kind)
         for kind in (names.get(network) for network in NETWORKS):
-            if isinstance(kind, type) and kind.__module__ == name:
-                self._consider_network(kind)
+            for one in kind.__mro__ if isinstance(kind, type) else ():  # of a decorator, the class inside
+                if one.__module__ == name:
+                    self._consider_network(one)
 
     def _replace_plain(self, module: str, theirs: Any, serve: Callable[..., Any], by: str) -> None:
         if not self._bindings.is_ours(theirs) and home(theirs) == module:
@@ -209,17 +210,16 @@ class Installation:
         """Record it, if what it computes with is ours: NVIDIA's synthesis, rosinality's generator, discriminators."""
         if not issubclass(kind, nn.Module) or (kind.__name__ == "Generator" and _has_synthesis(kind)):
             return
-        owner = next(one for one in kind.__mro__ if "forward" in vars(one))  # a decorator may have made a subclass
-        forward = vars(owner)["forward"]
+        forward = vars(kind).get("forward")
         behind = {module.__name__ for module in modules_behind(kind.__mro__, FUNCTIONS)}
         ours = any(where.rpartition(".")[0] in behind for where in self.report.replaced)
-        if owner.__module__ != kind.__module__ or not ours or self._was_considered(forward):
+        if forward is None or not ours or self._was_considered(forward):
             return
         where = f"{kind.__module__}.{kind.__name__}"
         evidence = "its own code, after calls alike"
         entry = self.report.replaced[where] = Replaced(where, "CUDA graphs of itself", evidence)
         serve = functools.partial(self.recordings.serve, forward)
-        self._bindings.exchange_method(owner, "forward", forward, replacement(forward, serve, entry))
+        self._bindings.exchange_method(kind, "forward", forward, replacement(forward, serve, entry))
 
     def _was_considered(self, function: object) -> bool:
         before = self._bindings.is_ours(function) or id(function) in self._considered

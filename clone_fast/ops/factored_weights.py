@@ -12,6 +12,7 @@ Where the gradient is to be differentiated again, it is that of `finished_weight
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -153,8 +154,7 @@ def factored_conv2d(
     """`modulated_conv2d` with a gradient to all but the weight; the weight of any dtype, args as of `convolve`."""
     factored = step_backend("modulated_conv2d", "factored")
     # beside, for the sake of its gradient, for which the layers before this one need not wait
-    (made, s, d, _), _ = beside(
-        x.device, "weights", lambda: _weights_op(weight, styles, demodulate, eps, x.dtype, factored), lambda: None
-    )
+    make = functools.partial(_weights_op, weight, styles, demodulate, eps, x.dtype, factored)
+    (made, s, d, _), _ = beside(x.device, "weights", make, lambda: None, reads=[weight, styles])
     y: Tensor = _op(x, made, *args, s, d if demodulate else None, backend)
     return y

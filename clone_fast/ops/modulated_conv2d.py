@@ -7,6 +7,7 @@ styles are not, the two are those of `factored_weights`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,7 +94,8 @@ def _modulated_weights(weight: Tensor, styles: Tensor | None, x: Tensor, *option
         return weight
     # beside, for the sake of its gradient, for which the layers before this one need not wait
     made: Tensor
-    made, _ = beside(x.device, "weights", lambda: _weights_op(weight, styles, *options, x.dtype, backend), lambda: None)
+    make = functools.partial(_weights_op, weight, styles, *options, x.dtype, backend)
+    made, _ = beside(x.device, "weights", make, lambda: None, reads=[weight] if styles is None else [weight, styles])
     return made
 
 

@@ -6,11 +6,12 @@ same time, which costs nothing there; launched kernel by kernel, the host is slo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 First = TypeVar("First")
 Second = TypeVar("Second")
@@ -28,19 +29,32 @@ def _beside(device: torch.device, stream: int, lane: str) -> torch.cuda.Stream:
 
 
 def beside(
-    device: torch.device, lane: str, run: Callable[[], First], meanwhile: Callable[[], Second]
+    device: torch.device,
+    lane: str,
+    run: Callable[[], First],
+    meanwhile: Callable[[], Second],
+    reads: Sequence[Tensor] = (),
 ) -> tuple[First, Second]:
     """What `run` and `meanwhile` return. In a capture neither waits for the other, and what follows waits for both.
 
     What they make may be used, and its memory used again, as if it came from the current stream: that waits here, and
     whatever goes beside it later waits for it first. PyTorch runs the gradient of an operation on the stream that the
     operation ran on, so that of `run`'s goes beside the others, too.
+
+    Args:
+        device: of all that is launched.
+        lane: its name; of one name work goes one after the other.
+        run, meanwhile: what goes there, and what stays on the current stream.
+        reads: what the gradient of `run` reads of the current stream's. That frees it as soon as the gradient is
+            launched, and in a capture would give its memory to others who do not wait.
     """
     if torch.compiler.is_compiling() or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return run(), meanwhile()
     current = torch.cuda.current_stream(device)
     other = _beside(device, current.cuda_stream, lane)
     other.wait_stream(current)
+    for tensor in reads:
+        tensor.record_stream(other)
     with torch.cuda.stream(other):
         one = run()
     two = meanwhile()

@@ -29,7 +29,6 @@ def persistent_class(cls):
             return _reconstruct_persistent_obj, (meta,)
 
     Decorator.__name__ = cls.__name__
-    Decorator.__module__ = cls.__module__
     return Decorator
 
 
