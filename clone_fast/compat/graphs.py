@@ -39,13 +39,6 @@ Forward = Callable[..., Any]
 _inside: ContextVar[bool] = ContextVar("inside", default=False)  # of a network's code that we run
 
 
-class Turn:
-    """One forward of a recording, until it has been differentiated or nobody can any more."""
-
-    def __init__(self, number: int) -> None:
-        self.number, self.done = number, False
-
-
 @dataclass(frozen=True)
 class Call:
     """A call of a network, taken apart.
@@ -79,7 +72,10 @@ class Call:
 
 
 class Recording:
-    """The graphs of one kind of call. They hold the tensors of one call at a time, between forward and backward.
+    """The graphs of one kind of call.
+
+    They hold the tensors of one call at a time, from its forward to its backward, which writes over them. A backward
+    that finds those of another call, or none, begins with a forward of its own.
 
     Raises:
         Exception: what the code raises, or CUDA for an operation that cannot be captured.
@@ -95,8 +91,8 @@ class Recording:
         self.form: Any = None
         self.slopes: list[Tensor] = []
         self.grads: list[Tensor | None] = []
-        self.turns = 0
-        self._last: weakref.ref[Turn] | None = None
+        self.calls = 0  # so far
+        self.held = 0  # the number of the one whose tensors are there
         sources = [t for t in (*self.inputs, *leaves.values()) if t.requires_grad]
 
         def forward() -> None:
@@ -118,42 +114,29 @@ class Recording:
         self.forward = graphs.record(forward)
         self.backward = graphs.record(backward) if self.slopes else None
 
-    @property
-    def busy(self) -> bool:
-        """Whether the tensors of a call before are still to be differentiated."""
-        turn = self._last() if self._last is not None else None
-        return turn is not None and not turn.done
-
     def replay(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Forward; the results, in memory of their own."""
+        self.calls += 1
+        self._hold(self.calls, tensors)
+        return [y.detach().clone() for y in self.results if isinstance(y, Tensor)]
+
+    def _hold(self, number: int, tensors: Sequence[Tensor]) -> None:
         if self.inputs:
             torch._foreach_copy_(self.inputs, list(tensors))
         self.forward()
-        self.turns += 1
-        return [y.detach().clone() for y in self.results if isinstance(y, Tensor)]
+        self.held = number
 
-    def turn(self) -> Turn:
-        """The forward that was just replayed, which `busy` watches as long as someone holds it."""
-        turn = Turn(self.turns)
-        self._last = weakref.ref(turn)
-        return turn
-
-    def differentiate(self, turn: Turn, slopes: Sequence[Tensor]) -> list[Tensor | None]:
-        """Backward; a gradient for each input and parameter, in memory of their own.
-
-        Raises:
-            RuntimeError: another call has taken the place of this one's tensors.
-        """
-        if turn.number != self.turns or self.backward is None:
-            raise RuntimeError(
-                "clone_fast: this result was differentiated before, and its network has run again since, so that its "
-                "graph is gone; clone_fast.install(graphs=False) keeps every call's own"
-            )
+    def differentiate(self, number: int, tensors: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor | None]:
+        """Backward of the call of this number and these inputs; a gradient for each input and parameter."""
+        if self.backward is None:
+            return [None] * (len(self.inputs) + len(self.parameters))
+        if self.held != number:
+            self._hold(number, tensors)
         torch._foreach_copy_(self.slopes, list(slopes))
         self.backward()
-        turn.done = True
+        self.held = 0
         present = [grad for grad in self.grads if grad is not None]
-        copies = iter(torch._foreach_mul(present, 1.0) if present else [])
+        copies = iter(torch._foreach_mul(present, 1.0) if present else [])  # in memory of their own
         found = iter([None if grad is None else next(copies) for grad in self.grads])
         return [next(found) if t.requires_grad else None for t in (*self.inputs, *self.parameters)]
 
@@ -179,7 +162,7 @@ class _Replayed(torch.autograd.Function):
         count = len(recording.inputs)
         results = recording.replay(tensors[:count])
         ctx.save_for_backward(*tensors)
-        ctx.recording, ctx.call, ctx.turn, ctx.count = recording, call, recording.turn(), count
+        ctx.recording, ctx.call, ctx.number, ctx.count = recording, call, recording.calls, count
         theirs = [y for y in recording.results if isinstance(y, Tensor)]
         ctx.ends = [i for i, y in enumerate(theirs) if y.requires_grad]
         ctx.mark_non_differentiable(*(y for i, y in enumerate(results) if i not in ctx.ends))
@@ -190,7 +173,7 @@ class _Replayed(torch.autograd.Function):
         tensors = ctx.saved_tensors  # raises if one was changed in place meanwhile, as the code's own would
         slopes = tuple(slopes[i] for i in ctx.ends)
         if not torch.is_grad_enabled():
-            return None, None, *ctx.recording.differentiate(ctx.turn, slopes)
+            return None, None, *ctx.recording.differentiate(ctx.number, tensors[: ctx.count], slopes)
         results, _ = ctx.call.run(tensors[: ctx.count])
         ends = [y for y in results if isinstance(y, Tensor) and y.requires_grad]
         sources = [t for t in tensors if t.requires_grad]
@@ -250,7 +233,6 @@ class Recordings:
             found = _recorded(known, call, device, differentiable)
             known.kinds[kind] = found
         known.kinds.move_to_end(kind)
-        wanted(not found.busy, "the result before it is yet to be differentiated")
         if differentiable:
             tensors = _Replayed.apply(found, call, *call.tensors, *found.parameters)
         else:
