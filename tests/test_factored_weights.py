@@ -49,6 +49,8 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for op in dispatch.OPS:
         monkeypatch.setattr(sys.modules[f"clone_fast.ops.{op}"], "resolve", lambda *args: LEAF)
     monkeypatch.setattr(factored_weights, "FEWEST", 2)
+    monkeypatch.setattr(factored_weights, "SMALLEST", 1)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     return ran
 
 
@@ -177,11 +179,13 @@ def other_paths() -> dict[str, Callable[[dict[str, Tensor]], Any]]:
         "weights of every sample's own": lambda args: args.update(weight=own),
         "few output channels": lambda args: args.update(weight=args["weight"][:1], bias=args["bias"][:1]),
         "float16": lambda args: args.update(changed(args, Tensor.half)),
+        "float32 with every bit": lambda args: args.update(changed(args, Tensor.float)),
     }
 
 
 @pytest.mark.parametrize("case", other_paths())
-def test_what_takes_another_path(case: str, used: list[str]) -> None:
+def test_what_takes_another_path(case: str, used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     args = tensors(1, 1, 3)
     other_paths()[case](args)
     y = function(args, act="lrelu")(*split(args)[1])
@@ -239,9 +243,10 @@ def test_compiles_without_a_graph_break(up: int, down: int, used: list[str]) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_generator_at_fixed_weights(dtype: torch.dtype) -> None:
+def test_a_generator_at_fixed_weights(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Config F: the weights of the first layer, whose image wants no gradient, and of the images go by their own."""
     pytest.importorskip("triton")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     with torch.device("meta"):
         generator = Generator(Architecture()).requires_grad_(False)
         ws = torch.empty(1, 18, 512, requires_grad=True)

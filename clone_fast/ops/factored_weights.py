@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clone_fast._compiler import constant_result
 from clone_fast.ops import finished_weights
 from clone_fast.ops.convolution_gradients import factor_gradients
 from clone_fast.ops.dispatch import launch_step, note, step_backend
@@ -27,14 +28,23 @@ from clone_fast.ops.streams import beside
 from clone_fast.reference import modulated_conv2d as spec
 
 FEWEST = 16  # output channels: for fewer, the weight gradient reads x once where this reads x and dx
+SMALLEST = 3  # kernel: of a smaller one the weight gradient costs no more, and in TF32 it is nearer
+
+
+@constant_result
+def _rounds() -> bool:
+    """Whether float32 convolutions may round their factors to TF32."""
+    return torch.backends.cudnn.allow_tf32
 
 
 def serves(x: Tensor, weight: Tensor, styles: Tensor | None) -> bool:
     """Whether the backward of this call, on a leaf, shall come here. It needs the gradient to x at any rate."""
     if styles is None or weight.ndim == 5 or weight.requires_grad or not (x.requires_grad and styles.requires_grad):
         return False
-    # In float16 weights and styles are normalised first, and products of an image with its gradient have no range.
-    fits = x.dtype != torch.float16 and weight.shape[0] >= FEWEST
+    # In float16 weights and styles are normalised first, and products of an image with its gradient have no range. In
+    # float32 every bit is wanted, and sums over an image and its gradient lose one more than those of the weights.
+    exact = x.dtype == torch.float16 or (x.dtype == torch.float32 and not _rounds())
+    fits = not exact and weight.shape[0] >= FEWEST and weight.shape[-1] >= SMALLEST
     if not fits or step_backend("modulated_conv2d", "factored") == "reference":
         return False
     note("the styles' gradient by sums over images")
