@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -29,8 +29,8 @@ def tweaks(mode: str, count: int) -> list[Work]:
     """So many, each captured on a stream of its own."""
     device = torch.device("cuda")
     torch.manual_seed(0)
-    networks = [kind(Architecture()).to(device).eval().requires_grad_(False) for kind in (Generator, Discriminator)]
-    generator, discriminator = networks
+    generator = Generator(Architecture()).to(device).eval().requires_grad_(False)
+    discriminator = Discriminator(Architecture()).to(device).eval().requires_grad_(False)
     photo = photo_of(generator, device)
     latent = Latent(generator.mapping(torch.randn(1, generator.z_dim, device=device)).clone())
     settings = TweakSettings(steps=1000, mode=mode, precision="bf16", r1_interval=1000)
@@ -47,38 +47,35 @@ def tweaks(mode: str, count: int) -> list[Work]:
     return made
 
 
-def launch(streams: Sequence[torch.cuda.Stream], works: Sequence[Work], iterations: int) -> None:
-    """The last graph of each, in turn, on these streams."""
-    for _ in range(iterations):
-        for stream, (_, work) in zip(streams, works, strict=True):
-            with torch.cuda.stream(stream):
-                list(work.iterate.replays.values())[-1]()
-
-
-def milliseconds(run: Callable[[], None]) -> float:
-    """The shorter of two, by the wall, after one."""
-    run()
+def milliseconds(works: Sequence[Work], streams: Sequence[torch.cuda.Stream], iterations: int) -> float:
+    """Of an iteration of one, when the last graph of each is launched in turn: the shortest of three, by the wall."""
     found = []
-    for _ in range(2):
+    for _ in range(3):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        run()
+        for _ in range(iterations):
+            for stream, (_, work) in zip(streams, works, strict=True):
+                with torch.cuda.stream(stream):
+                    list(work.iterate.replays.values())[-1]()
         torch.cuda.synchronize()
         found.append((time.perf_counter() - began) * 1e3)
-    return min(found)
+    return min(found) / iterations / len(works)
+
+
+def told(mode: str, most: int, iterations: int) -> None:
+    """Print a line for each number of photos."""
+    works = tweaks(mode, most)
+    for count in (n for n in (1, 2, 4, 8) if n <= most):
+        streams = [stream for stream, _ in works[:count]]
+        apart = milliseconds(works[:count], streams, iterations)
+        alone = milliseconds(works[:count], streams[:1] * count, iterations)
+        print(f"{mode}, {count} photos: {apart:.3f} ms on {count} streams, {alone:.3f} ms on one")
 
 
 def main() -> None:
-    """Print a line for each number of photos."""
+    """In both modes."""
     for mode, (most, iterations) in MODES.items():
-        works = tweaks(mode, most)
-        for count in (n for n in (1, 2, 4, 8) if n <= most):
-            chosen = works[:count]
-            apart = milliseconds(lambda: launch([stream for stream, _ in chosen], chosen, iterations))
-            alone = milliseconds(lambda: launch([chosen[0][0]] * count, chosen, iterations))
-            each = iterations * count
-            print(f"{mode}, {count} photos: {apart / each:.3f} ms on {count} streams, {alone / each:.3f} ms on one")
-        del works, chosen
+        told(mode, most, iterations)
         gc.collect()
         torch.cuda.empty_cache()
 
