@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import pytorch_msssim
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from clone_fast.stepwise import Pause, Steps, stepwise
 
@@ -23,11 +25,11 @@ if TYPE_CHECKING:
 DRIFT_SEED = 220_211_833
 """Seed of the latents that drift is measured on; nothing else in the package uses it."""
 
+_WINDOW = 11  # pixels of SSIM's
 _ROUNDING = 1e-5  # what one image may differ by in root mean square, drawn alone or within a batch
 
 MS_SSIM_MIN_SIDE = 176
-"""Smallest side that MS-SSIM is defined for here: five scales and an 11 pixel window, with torchmetrics' rule
-side // 16 > 10. (The window itself would fit from 161 pixels on.)"""
+"""Smallest side that MS-SSIM is defined for here: 11 pixels, its window, are left of it after four halvings."""
 
 
 @torch.no_grad()
@@ -57,18 +59,17 @@ def ssim(image: Tensor, target: Tensor) -> float:
 def ms_ssim(image: Tensor, target: Tensor) -> float | None:
     """Multi-scale SSIM over five scales, mean over the images; None if a side is below `MS_SSIM_MIN_SIDE`.
 
-    Wang, Simoncelli, Bovik, "Multiscale structural similarity for image quality assessment", Asilomar 2003.
+    Wang, Simoncelli, Bovik, "Multiscale structural similarity for image quality assessment", Asilomar 2003; at every
+    scale where the window lies inside of the image.
 
     Args:
         image, target: [N, 3, R, R] in [-1, 1].
     """
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
-
     image, target = _pair(image, target)
     if min(image.shape[-2:]) < MS_SSIM_MIN_SIDE:
         return None
     with _full_precision():
-        return float(multiscale_structural_similarity_index_measure(image, target, data_range=2.0))
+        return _mean(pytorch_msssim.ms_ssim(image, target, data_range=2.0, size_average=False))
 
 
 @stepwise
@@ -224,21 +225,15 @@ def _pair(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def _psnr(image: Tensor, target: Tensor) -> Tensor:
     """[N] values in dB."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
     image, target = _pair(image, target)
-    return peak_signal_noise_ratio(image, target, data_range=2.0, dim=(1, 2, 3), reduction="none")
+    return 10 * torch.log10(4 / (image - target).square().mean([1, 2, 3]))
 
 
 def _ssim(image: Tensor, target: Tensor) -> Tensor:
     """[N] values."""
-    # Imported here: torchmetrics takes two seconds to import, which `import clone_fast` should not.
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    image, target = _pair(image, target)
+    reflected = [functional.pad(one, [_WINDOW // 2] * 4, mode="reflect") for one in _pair(image, target)]
     with _full_precision():
-        values: Any = structural_similarity_index_measure(image, target, data_range=2.0, reduction="none")
-    return torch.as_tensor(values).reshape(-1)
+        return pytorch_msssim.ssim(*reflected, data_range=2.0, win_size=_WINDOW, size_average=False)
 
 
 @contextmanager

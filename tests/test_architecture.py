@@ -52,7 +52,7 @@ HOUSE = (
     Layer("losses", imports="ops"),
     Layer("checkpoints", imports="nn files", lazily="demo", packages="torch numpy safetensors"),
     Layer("photo", imports="files", packages="torch numpy PIL"),
-    Layer("metrics", imports="nn stepwise", lazily="lpips", packages="torch numpy PIL torchmetrics"),
+    Layer("metrics", imports="nn stepwise", lazily="lpips", packages="torch numpy PIL pytorch_msssim"),
     Layer("progress"),
     Layer("settings", imports="nn"),
     Layer("memory", imports="nn settings"),
@@ -298,7 +298,7 @@ def test_importing_is_light() -> None:
     """What takes longer to import than this package waits until it is wanted."""
     code = (
         "import sys; from pathlib import Path; import clone_fast.cli, tiny; from clone_fast import invert; "
-        "light = [name for name in ('torch._dynamo', 'torchmetrics', 'triton') if name in sys.modules]; "
+        "light = [name for name in ('torch._dynamo', 'matplotlib', 'triton') if name in sys.modules]; "
         "invert(tiny.photo(), tiny.network(), latent_steps=1, steps=1, device='cpu'); "
         "print(light, 'torch._dynamo' in sys.modules)"
     )

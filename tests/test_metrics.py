@@ -66,11 +66,11 @@ def ssim64(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ms_ssim64(a: np.ndarray, b: np.ndarray) -> float:
-    """Wang et al. 2003, equation 7; the contrast is taken where the window lies inside of the image."""
+    """Wang et al. 2003, equation 7, where the window lies inside of the image."""
     product = 1.0
     for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
         maps = [ssim_maps64(x, y) for x, y in zip(a, b, strict=True)]
-        value = np.mean([full if scale == 4 else contrast[5:-5, 5:-5] for full, contrast in maps])
+        value = np.mean([(full if scale == 4 else contrast)[5:-5, 5:-5] for full, contrast in maps])
         product *= max(value, 0) ** weight
         halved = [(x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4 for x in (a, b)]
         a, b = halved[0], halved[1]
