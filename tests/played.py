@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
 
 
 class PlayedGraphs:
@@ -29,3 +33,15 @@ class PlayedGraphs:
             run()
 
         return replay
+
+
+def play(patch: pytest.MonkeyPatch, module: ModuleType) -> list[PlayedGraphs]:
+    """Whatever asks this module for graphs gets played ones, which are listed here."""
+    made: list[PlayedGraphs] = []
+
+    def graphs_of(device: torch.device) -> PlayedGraphs:
+        made.append(PlayedGraphs())
+        return made[-1]
+
+    patch.setattr(module, "graphs_of", graphs_of)
+    return made

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from played import PlayedGraphs
+from played import PlayedGraphs, play
 from tiny import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor
 
@@ -29,15 +29,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> list[PlayedGraphs]:
-    """Every Captured that is made while it is in place gets played graphs, which are listed here."""
-    made: list[PlayedGraphs] = []
-
-    def graphs_of(device: torch.device) -> PlayedGraphs:
-        made.append(PlayedGraphs())
-        return made[-1]
-
-    monkeypatch.setattr(capture, "graphs_of", graphs_of)
-    return made
+    """Every Captured that is made while it is in place gets played graphs."""
+    return play(monkeypatch, capture)
 
 
 def run(net: Network, s: Any, seed: int = 0, **more: Any) -> Tweaked:

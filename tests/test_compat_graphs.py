@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from foreign import Import, assert_close, built, code_of, codebase, run  # noqa: F401 (built: a fixture)
-from played import PlayedGraphs
+from played import PlayedGraphs, play
 from torch import Tensor, nn
 
 import clone_fast
@@ -27,15 +27,8 @@ INPUTS = {"Generator": (2, 3), "Discriminator": (2, 3, 8, 6)}
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> list[PlayedGraphs]:
     """On a CPU; the graphs that were made."""
-    made: list[PlayedGraphs] = []
-
-    def graphs_of(device: torch.device) -> PlayedGraphs:
-        made.append(PlayedGraphs())
-        return made[-1]
-
     monkeypatch.setattr(graphs, "recordable", lambda device: True)
-    monkeypatch.setattr(graphs, "graphs_of", graphs_of)
-    return made
+    return play(monkeypatch, graphs)
 
 
 @pytest.fixture
@@ -155,10 +148,12 @@ def test_gradients_add_up(rosinality: Import, played: list[PlayedGraphs]) -> Non
         torch.testing.assert_close(p.grad, 2 * grad)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 def test_a_weight_changed_before_the_backward_is_an_error_as_ever(
-    rosinality: Import, played: list[PlayedGraphs]
+    frozen: bool, rosinality: Import, played: list[PlayedGraphs]
 ) -> None:
     network, x = rosinality("model").Generator(), torch.randn(2, 3)
+    network.input.requires_grad_(not frozen)
     entry(network)
     for _ in range(WARM):
         network(x).sum().backward()

@@ -163,6 +163,7 @@ class _Replayed(torch.autograd.Function):
         results = recording.replay(tensors[:count])
         ctx.save_for_backward(*tensors)
         ctx.recording, ctx.call, ctx.number, ctx.count = recording, call, recording.calls, count
+        ctx.versions = _versions(call.network)
         theirs = [y for y in recording.results if isinstance(y, Tensor)]
         ctx.ends = [i for i, y in enumerate(theirs) if y.requires_grad]
         ctx.mark_non_differentiable(*(y for i, y in enumerate(results) if i not in ctx.ends))
@@ -171,6 +172,8 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # raises if one was changed in place meanwhile, as the code's own would
+        if ctx.versions != _versions(ctx.call.network):
+            raise RuntimeError("clone_fast: a frozen parameter was modified by an inplace operation since the forward")
         slopes = tuple(slopes[i] for i in ctx.ends)
         if not torch.is_grad_enabled():
             return None, None, *ctx.recording.differentiate(ctx.number, tensors[: ctx.count], slopes)
@@ -179,6 +182,11 @@ class _Replayed(torch.autograd.Function):
         sources = [t for t in tensors if t.requires_grad]
         found = iter(torch.autograd.grad(ends, sources, slopes, create_graph=True, allow_unused=True))
         return None, None, *(next(found) if t.requires_grad else None for t in tensors)
+
+
+def _versions(network: nn.Module) -> list[int]:
+    """Of its frozen parameters, how often each was written; the others are saved for the backward."""
+    return [p._version for p in network.parameters() if not p.requires_grad]
 
 
 @dataclass
