@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import clone_fast
 from clone_fast.compat import graphs
-from clone_fast.compat.graphs import WARM
+from clone_fast.compat.graphs import PATIENCE, WARM
 from clone_fast.compat.report import Replaced
 
 CPU = torch.device("cpu")
@@ -243,6 +243,16 @@ def test_what_the_code_reads_makes_another_kind(rosinality: Import, played: list
         for p in network.parameters():
             p.data.mul_(1.1)  # in place: the same kind
         torch.testing.assert_close(network(x), copy.deepcopy(network)(x))
+
+
+def test_a_network_of_too_many_kinds_is_given_up(rosinality: Import, played: list[PlayedGraphs]) -> None:
+    network = rosinality("model").Generator()
+    told = entry(network)
+    for i in range(PATIENCE + 3):
+        x = torch.randn(1 + i % 5, 3)
+        torch.testing.assert_close(network(x), copy.deepcopy(network)(x))
+    assert told.passed == {"its calls are of too many kinds": 2}
+    assert not played
 
 
 def test_a_recording_that_fails_leaves_the_code(

@@ -30,6 +30,7 @@ __all__ = ["Recordings"]
 
 WARM = 2  # calls of a kind before it is recorded
 KINDS = 3  # of a network that are remembered, the latest
+PATIENCE = 32  # such calls of a network, of whatever kinds, before it is given up
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PLAIN = frozenset([bool, int, float, str, type(None), torch.dtype, torch.device, torch.memory_format])
 INTERNAL = frozenset(vars(nn.Module())) - {"training"}
@@ -195,10 +196,12 @@ class _Known:
 
     Attributes:
         kinds: how often a kind was called, or its recording.
+        warm: calls before a recording, of all kinds.
         never: why none is recorded.
     """
 
     kinds: OrderedDict[Any, int | Recording] = field(default_factory=OrderedDict)
+    warm: int = 0
     never: str = ""
 
 
@@ -235,6 +238,10 @@ class Recordings:
                     _compile(call, kind, device, differentiable)
                 result = _watched(known, call, device)
                 known.kinds[kind] = found + 1
+                known.warm += 1
+                if known.warm > PATIENCE:
+                    known.never = "its calls are of too many kinds"
+                    known.kinds.clear()
                 while len(known.kinds) > KINDS:
                     known.kinds.popitem(last=False)
                 return result
