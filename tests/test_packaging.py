@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 IS_CHECKOUT = (ROOT / "pyproject.toml").exists()
 needs_checkout = pytest.mark.skipif(not IS_CHECKOUT, reason="reads the checkout, and there is none")
 MOUNT = "from clone_fast._layout import mount_kernels\n\nmount_kernels()\n"
-IMPORT_NAMES = {"pillow": "PIL", "scikit-image": "skimage"}  # where it is not the distribution's
+# where it is not the distribution's
+IMPORT_NAMES = {"pillow": "PIL", "scikit-image": "skimage", "pytorch-msssim": "pytorch_msssim"}
 
 
 def python(*args: str, cwd: Path, **env: str) -> str:
