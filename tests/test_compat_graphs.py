@@ -275,6 +275,9 @@ def test_graphs_can_be_forbidden(rosinality: Import, played: list[PlayedGraphs])
     for _ in range(WARM + 1):
         network(torch.randn(2, 3))
     assert told.passed == {"graphs=False": 3}
+    assert entry(network) is told  # which leaves it so
+    network(torch.randn(2, 3))
+    assert told.passed == {"graphs=False": 4}
     assert not played
 
 

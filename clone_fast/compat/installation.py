@@ -316,7 +316,7 @@ def install(*, graphs: bool = True) -> Report:
         return installation.report
 
 
-def accelerate(network: nn.Module, *, graphs: bool = True) -> Report:
+def accelerate(network: nn.Module, *, graphs: bool | None = None) -> Report:
     """Make one loaded generator or discriminator of these codebases fast, without `install`.
 
     Nothing in the object changes: its parameters, their order, its state and its pickles are as they were, and it loads
@@ -326,7 +326,7 @@ def accelerate(network: nn.Module, *, graphs: bool = True) -> Report:
 
     Args:
         network: any module, also around or within a network of theirs.
-        graphs: as of `install`.
+        graphs: as of `install`, for all networks; None leaves it as it is.
 
     Returns:
         What was replaced of what this network runs and what was left alone, and why.
@@ -340,11 +340,12 @@ def accelerate(network: nn.Module, *, graphs: bool = True) -> Report:
         return _installation(graphs).accelerate(network)
 
 
-def _installation(graphs: bool) -> Installation:
+def _installation(graphs: bool | None) -> Installation:
     """The one of this process, so that nothing is replaced twice."""
     global _current
     _current = _current or Installation()
-    _current.recordings.allowed = graphs
+    if graphs is not None:
+        _current.recordings.allowed = graphs
     return _current
 
 
