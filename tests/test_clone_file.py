@@ -53,7 +53,9 @@ def one(dims: int) -> Tensor:
 
 
 @pytest.mark.parametrize("largest", [1, 120, 40_000, 3_000_000])
-def test_what_is_packed_is_unpacked(largest: int) -> None:
+@pytest.mark.parametrize("part", [16, 1 << 20])
+def test_what_is_packed_is_unpacked(part: int, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coding, "_PART", part)
     source = torch.Generator().manual_seed(0)
     given = {
         "a": torch.randint(-largest, largest + 1, (7, 3, 3), generator=source).int(),
@@ -78,8 +80,9 @@ def test_small_numbers_take_few_bits() -> None:
     assert len(packed) * 8 / values.numel() < 1.2 * entropy
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "more", "fewer", "kind", "width"])
-def test_damaged_codes_are_refused(damage: str) -> None:
+@pytest.mark.parametrize("damage", ["cut", "flipped", "more", "fewer", "kind", "width", "part", "twice"])
+def test_damaged_codes_are_refused(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coding, "_PART", 100)
     steps = {"a": (one(1), one(1))}
     packed, width = coding.pack({"a": torch.arange(1000).int()}, steps)
     count = {"more": 1001, "fewer": 999}.get(damage, 1000)
@@ -89,6 +92,10 @@ def test_damaged_codes_are_refused(damage: str) -> None:
         packed[len(packed) // 2] ^= 255
     elif damage == "kind":
         packed = packed.float()
+    elif damage == "part":
+        packed = packed[: bytes(packed.numpy()).rindex(b"\xfd7zXZ")]
+    elif damage == "twice":
+        packed = packed.repeat(2)
     with pytest.raises(ValueError, match="codes"):
         coding.unpack(packed, 9 if damage == "width" else width, steps, {"a": (count,)})
 

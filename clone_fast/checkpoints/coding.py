@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import lzma
 import math
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +23,10 @@ from torch import Tensor
 PROBES = 4
 _FLOOR = 1e-3  # of the mean sensitivity: what one picture does not see at all, another one may
 _LEAST = 0.2  # of a column's energy that its multiples must hold to be made longer
-_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0}]  # no context: neighbours tell nothing
+_PART = 1 << 22  # bytes that are packed by themselves, side by side
+_THREADS = 8  # at most; each takes some 50 MB
+# no context: neighbours tell nothing
+_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": _PART, "lc": 0, "lp": 0, "pb": 0}]
 _MEMORY = 1 << 28  # bytes that unpacking may take; its dictionary needs a fraction of it
 _TRIES = 24
 
@@ -160,8 +166,10 @@ def pack(multiples: Mapping[str, Tensor], steps: Steps) -> tuple[Tensor, int]:
     flat = torch.cat([value.reshape(-1).cpu() for value in multiples.values()])[order].long()
     folded = torch.where(flat < 0, -2 * flat - 1, 2 * flat)
     width = max(1, (int(folded.max()).bit_length() + 7) // 8)
-    planes = [((folded >> (8 * i)) & 255).to(torch.uint8).numpy().tobytes() for i in range(width)]
-    packed = lzma.compress(b"".join(planes), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, filters=_FILTERS)
+    raw = b"".join(((folded >> (8 * i)) & 255).to(torch.uint8).numpy().tobytes() for i in range(width))
+    compress = partial(lzma.compress, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, filters=_FILTERS)
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        packed = b"".join(pool.map(compress, (raw[i : i + _PART] for i in range(0, len(raw), _PART))))
     return torch.frombuffer(bytearray(packed), dtype=torch.uint8), width
 
 
@@ -175,14 +183,8 @@ def unpack(packed: Tensor, width: int, steps: Steps, shapes: Mapping[str, tuple[
         raise ValueError("codes of an unknown kind")
     order = in_order(steps, shapes)
     count = len(order)
-    reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_MEMORY)
-    try:
-        raw = reader.decompress(packed.numpy().tobytes(), max_length=width * count + 1)  # never more than is wanted
-    except (lzma.LZMAError, EOFError) as error:
-        raise ValueError(f"damaged codes ({error})") from error
-    if len(raw) != width * count or not reader.eof:
-        raise ValueError(f"codes of {width * count} bytes wanted, got {len(raw)}")
-    planes = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(width, count)
+    raw = _unpacked(packed.numpy().tobytes(), width * count)
+    planes = torch.frombuffer(raw, dtype=torch.uint8).view(width, count)
     folded = torch.zeros(count, dtype=torch.int64)
     for i, plane in enumerate(planes):
         folded |= plane.long() << (8 * i)
@@ -190,3 +192,20 @@ def unpack(packed: Tensor, width: int, steps: Steps, shapes: Mapping[str, tuple[
     flat[order] = torch.where(folded % 2 == 1, -(folded // 2) - 1, folded // 2).int()
     parts = flat.split([math.prod(shape) for shape in shapes.values()])
     return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def _unpacked(packed: bytes, size: int) -> bytearray:
+    """So many bytes, out of streams one after the other."""
+    raw = bytearray()
+    try:
+        while packed and len(raw) <= size:
+            reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_MEMORY)
+            raw += reader.decompress(packed, max_length=size - len(raw) + 1)  # never more than is wanted
+            if not reader.eof:
+                break
+            packed = reader.unused_data
+    except (lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"damaged codes ({error})") from error
+    if len(raw) != size or packed:
+        raise ValueError(f"codes of {size} bytes wanted, got {len(raw)}")
+    return raw
