@@ -83,7 +83,7 @@ class Recording:
     """
 
     def __init__(self, call: Call, graphs: CudaGraphs, differentiable: bool) -> None:
-        self.inputs = [t.detach().clone().requires_grad_(t.requires_grad and differentiable) for t in call.tensors]
+        self.inputs = _copies(call.tensors, differentiable)
         self.parameters = [p for p in call.network.parameters() if p.requires_grad and differentiable]
         # The same memory as leaves of their own: what PyTorch keeps for a leaf is bound to the stream of its first use,
         # and an earlier result that the user still holds would bind it to one that is not captured.
@@ -94,19 +94,18 @@ class Recording:
         self.grads: list[Tensor | None] = []
         self.calls = 0  # so far
         self.held = 0  # the number of the one whose tensors are there
-        sources = [t for t in (*self.inputs, *leaves.values()) if t.requires_grad]
+        sources = [*self.inputs, *leaves.values()]
 
         def forward() -> None:
             with torch.set_grad_enabled(differentiable), _instead(call.network, leaves):
                 self.results, self.form = call.run(self.inputs)
 
         def backward() -> None:
-            ends = [y for y in self.results if isinstance(y, Tensor) and y.requires_grad]
-            self.grads = list(torch.autograd.grad(ends, sources, self.slopes, allow_unused=True))
+            self.grads = _gradients(self.results, sources, self.slopes)
 
         def both() -> None:
             forward()
-            self.slopes = [torch.zeros_like(y) for y in self.results if isinstance(y, Tensor) and y.requires_grad]
+            self.slopes = [torch.zeros_like(y) for y in _ends(self.results)]
             if self.slopes:
                 backward()
 
@@ -138,8 +137,26 @@ class Recording:
         self.held = 0
         present = [grad for grad in self.grads if grad is not None]
         copies = iter(torch._foreach_mul(present, 1.0) if present else [])  # in memory of their own
-        found = iter([None if grad is None else next(copies) for grad in self.grads])
-        return [next(found) if t.requires_grad else None for t in (*self.inputs, *self.parameters)]
+        return [None if grad is None else next(copies) for grad in self.grads]
+
+
+def _copies(tensors: Sequence[Tensor], differentiable: bool) -> list[Tensor]:
+    """Leaves of their own, which want the gradients that these want."""
+    return [t.detach().clone().requires_grad_(t.requires_grad and differentiable) for t in tensors]
+
+
+def _ends(results: Sequence[Any]) -> list[Tensor]:
+    """The results that can be differentiated."""
+    return [y for y in results if isinstance(y, Tensor) and y.requires_grad]
+
+
+def _gradients(
+    results: Sequence[Any], sources: Sequence[Tensor], slopes: Sequence[Tensor], again: bool = False
+) -> list[Tensor | None]:
+    """To each source, None where it wants none or has no part. again: they can be differentiated themselves."""
+    asked = [t for t in sources if t.requires_grad]
+    found = iter(torch.autograd.grad(_ends(results), asked, slopes, create_graph=again, allow_unused=True))
+    return [next(found) if t.requires_grad else None for t in sources]
 
 
 @contextmanager
@@ -179,10 +196,7 @@ class _Replayed(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return None, None, *ctx.recording.differentiate(ctx.number, tensors[: ctx.count], slopes)
         results, _ = ctx.call.run(tensors[: ctx.count])
-        ends = [y for y in results if isinstance(y, Tensor) and y.requires_grad]
-        sources = [t for t in tensors if t.requires_grad]
-        found = iter(torch.autograd.grad(ends, sources, slopes, create_graph=True, allow_unused=True))
-        return None, None, *(next(found) if t.requires_grad else None for t in tensors)
+        return None, None, *_gradients(results, tensors, slopes, again=True)
 
 
 def _versions(network: nn.Module) -> list[int]:
@@ -300,16 +314,15 @@ def _compile(call: Call, kind: Any, device: torch.device, differentiable: bool) 
     """The kernels of our ops in it, side by side; see `rehearse`."""
 
     def run() -> None:
-        with torch.set_grad_enabled(differentiable):
-            inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in call.tensors]
+        with _untouched(call.network, device), torch.set_grad_enabled(differentiable):
+            inputs = _copies(call.tensors, differentiable)
             results, _ = call.run(inputs)
-            ends = [y for y in results if isinstance(y, Tensor) and y.requires_grad]
-            if ends:
-                sources = [t for t in (*inputs, *call.network.parameters()) if t.requires_grad]
-                torch.autograd.grad(ends, sources, [torch.zeros_like(y) for y in ends], allow_unused=True)
+            slopes = [torch.zeros_like(y) for y in _ends(results)]
+            if slopes:
+                _gradients(results, [*inputs, *call.network.parameters()], slopes)
 
     arguments, form, _, flags, ways = kind
-    with _untouched(call.network, device), suppress(torch.OutOfMemoryError):  # which the call itself will tell
+    with suppress(torch.OutOfMemoryError):  # which the call itself will tell
         rehearse(device, (type(call.network), arguments, form, flags, ways), run)
 
 
@@ -318,13 +331,15 @@ def _untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
     """What runs inside may change the network's buffers, and draw: afterwards all is as it was."""
     before = [(buffer, buffer._version, buffer.detach().clone()) for buffer in network.buffers()]
     python = random.getstate()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    random.setstate(python)
-    with torch.no_grad():
-        for buffer, version, value in before:
-            if buffer._version != version:
-                buffer.copy_(value)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        with torch.no_grad():
+            for buffer, version, value in before:
+                if buffer._version != version:
+                    buffer.copy_(value)
 
 
 def _watched(known: _Known, call: Call, device: torch.device) -> Any:

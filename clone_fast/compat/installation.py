@@ -363,7 +363,7 @@ def installed(*, graphs: bool = True) -> Iterator[Report]:
     """`install` for the length of a `with` block, and then `uninstall`; inside of `install` it changes nothing."""
     outermost = _current is None or not _current.everywhere
     try:
-        yield install(graphs=graphs) if outermost or _current is None else _current.report
+        yield install(graphs=graphs) if outermost else _installation(None).report
     finally:
         if outermost:
             uninstall()
