@@ -30,6 +30,29 @@ ROWS = 1024
 
 
 @triton.jit
+def through_activation(value, seen, gain, clamp, SLOPE: tl.constexpr, CLAMP: tl.constexpr):
+    """The gradient of clamp(gain * act(z)) to z: from its own, and the result, of which linear ones need nothing."""
+    if SLOPE != 1.0:
+        value *= tl.where(seen > 0, gain, gain * SLOPE)
+    else:
+        value *= gain
+    if CLAMP:
+        value = tl.where(tl.abs(seen) < clamp, value, 0.0)
+    return value
+
+
+@triton.jit
+def sum_of_rows(sums, block, rows, columns, BR: tl.constexpr, BC: tl.constexpr):
+    """[BC]: the sum of sums[r, c] over r, for a block of columns; in the same order every time."""
+    c = block * BC + tl.arange(0, BC)[None, :]
+    part = tl.zeros((BR, BC), dtype=tl.float32)
+    for start in range(0, rows, BR):
+        r = start + tl.arange(0, BR)[:, None]
+        part += tl.load(sums + r * columns + c, mask=(r < rows) & (c < columns), other=0.0)
+    return tl.sum(part, axis=0)
+
+
+@triton.jit
 def _act_backward_kernel(
     dy,
     y,
@@ -93,12 +116,8 @@ def _act_backward_kernel(
         if SLOPE != 1.0 or CLAMP or WANT_DOTS:
             seen = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
             dot = value * seen
-            if SLOPE != 1.0:
-                value *= tl.where(seen > 0, gain, gain * SLOPE)
-            else:
-                value *= gain
+            value = through_activation(value, seen, gain, clamp, SLOPE, CLAMP)
             if CLAMP:
-                value = tl.where(tl.abs(seen) < clamp, value, 0.0)
                 dot = tl.where(tl.abs(seen) < clamp, dot, 0.0)
         else:
             value *= gain
@@ -163,13 +182,9 @@ def _add_sums(
     of_bias = tl.cdiv(channels, BC)
     if pid < of_bias:
         if WANT_BIAS:
-            c = pid * BC + tl.arange(0, BC)[None, :]
-            part = tl.zeros((BR, BC), dtype=tl.float32)
-            for start in range(0, shares, BR):
-                r = start + tl.arange(0, BR)[:, None]
-                part += tl.load(bias_sums + r * channels + c, mask=(r < shares) & (c < channels), other=0.0)
+            line = sum_of_rows(bias_sums, pid, shares, channels, BR, BC)
             c = pid * BC + tl.arange(0, BC)
-            tl.store(dbias + c, tl.sum(part, axis=0).to(dbias.dtype.element_ty), mask=c < channels)
+            tl.store(dbias + c, line.to(dbias.dtype.element_ty), mask=c < channels)
     elif pid < of_bias + WANT_STRENGTH:
         if WANT_STRENGTH:
             line = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -286,7 +301,7 @@ def launch_act_backward(
     strength_sums = sums(blocks * shares) if want_strength else None
     noise_sums = (dnoise if direct else sums(blocks, n, pixels)) if want_noise else None
     dots = sums(n, shares // n, channels) if want_dots else None
-    exact = None if clamp is None else _rounded(clamp, y.dtype)
+    exact = None if clamp is None else rounded(clamp, y.dtype)
     _act_backward_kernel[(shares, blocks)](
         dy,
         y,
@@ -351,6 +366,6 @@ def launch_act_backward(
 
 
 @functools.cache
-def _rounded(value: float, dtype: torch.dtype) -> float:
+def rounded(value: float, dtype: torch.dtype) -> float:
     """The number that a result clamped to `value` holds."""
     return float(torch.tensor(value, dtype=dtype))

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clone_fast.kernels._act_backward import ELEMENTS, WARPS, shares_of
+from clone_fast.kernels._act_backward import ELEMENTS, WARPS, shares_of, sum_of_rows
 from clone_fast.kernels._dense import layout_of
 from clone_fast.kernels._modulate import modulate
 
@@ -30,14 +30,9 @@ ROWS = 512
 @triton.jit
 def _added_rows(sums, factor, out, block, rows, channels, BR: tl.constexpr, BC: tl.constexpr):
     """out[c] = (sum of sums[r, c] over r) / factor[c], for a block of channels."""
-    c = block * BC + tl.arange(0, BC)[None, :]
-    part = tl.zeros((BR, BC), dtype=tl.float32)
-    for start in range(0, rows, BR):
-        r = start + tl.arange(0, BR)[:, None]
-        part += tl.load(sums + r * channels + c, mask=(r < rows) & (c < channels), other=0.0)
+    line = sum_of_rows(sums, block, rows, channels, BR, BC)
     c = block * BC + tl.arange(0, BC)
-    value = tl.sum(part, axis=0) / tl.load(factor + c, mask=c < channels, other=1.0)
-    tl.store(out + c, value, mask=c < channels)
+    tl.store(out + c, line / tl.load(factor + c, mask=c < channels, other=1.0), mask=c < channels)
 
 
 @triton.jit
