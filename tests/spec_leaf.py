@@ -195,6 +195,17 @@ def act_backward(
     return g, dnoise, dstrength, g.sum([0, 2, 3]) if want_bias else None, dots
 
 
+def pointwise_backward(
+    dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, act: str, gain: float, clamp: float | None, want_dx: bool,
+    want_dw: bool, want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    g, _, _, dbias, _ = act_backward(dy, y, None, None, act, gain, clamp, False, False, want_bias)
+    w = (weight if weight.ndim == 5 else weight.expand(len(x), *weight.shape)).flatten(2)
+    dw = torch.einsum("nohw,nihw->noi", g, x).reshape(-1, *weight.shape[-4:])
+    dx = torch.einsum("noi,nohw->nihw", w, g)
+    return dx if want_dx else None, (dw if weight.ndim == 5 else dw.sum(0)) if want_dw else None, dbias
+
+
 def modulate(weight: Tensor, styles: Tensor | None, demodulate: bool, eps: float, dtype: torch.dtype) -> Tensor:
     if styles is None:
         return weight.to(dtype).permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
@@ -245,6 +256,7 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
         "launch_finish": finish,
         "launch_wgrad": wgrad,
         "launch_act_backward": act_backward,
+        "launch_pointwise_backward": pointwise_backward,
         "launch_modulate": modulate,
         "launch_modulate_backward": modulate_backward,
         "launch_factored": factored,
@@ -255,9 +267,11 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
 
 
 def steps(op: str, *, whole: bool = True) -> types.SimpleNamespace:
-    """The leaf of an op; where it is not `whole`, modulated_conv2d has to be composed of steps where it resamples."""
+    """The leaf of an op; where it is not `whole`, modulated_conv2d has to be composed of steps where it resamples, and
+    the gradient of a 1x1 convolution is, too."""
     functions = dict(SPEC[op])
     if op == "modulated_conv2d" and not whole:
+        del functions["launch_pointwise_backward"]
         functions["supports"] = lambda *args: None if args[6:8] == (1, 1) else "fuses no resampling"
     if op in ("upfirdn2d", "modulated_conv2d"):
         launch = functions["launch"]

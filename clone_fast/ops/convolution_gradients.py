@@ -1,6 +1,7 @@
 """The derivatives of modulated_conv2d on finished weights: the first from the steps that the leaves offer.
 
 g = dy * gain * slope, and its sums to bias and noise      one pass over dy and y
+1x1, with few channels on one side: all in one pass over dy, y and x
 plain: dx = conv of g with the transposed weight; dw = correlation of x and g
 up:    h = adjoint FIR of g; dx = conv of h with stride 2; dw = correlation of h and x
 down:  dx = adjoint FIR of (transposed conv of g); dw = correlation of FIR(x) and g
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clone_fast.ops.dispatch import is_whole, launch_step
+from clone_fast.ops.dispatch import has_step, is_whole, launch_step
 from clone_fast.ops.registration import Recorded, like
 from clone_fast.ops.streams import beside
 from clone_fast.ops.upfirdn2d import adjoint
@@ -50,6 +51,11 @@ def convolution_gradients(
 ) -> list[Tensor | None]:
     """Gradients to x, weight, noise, noise_strength and bias, None where not wanted."""
     want_dx, want_dw, *want_sums = wanted
+    if (weight.shape[-1], up, down) == (1, 1, 1) and not any(want_sums[:2]):
+        pointwise = (dy, y, x, weight, act, gain, clamp, want_dx, want_dw, want_sums[2])
+        if has_step("modulated_conv2d", "pointwise_backward", backend, *pointwise):
+            dx, dw, dbias = launch_step("modulated_conv2d", "pointwise_backward", backend, *pointwise)
+            return [dx, dw, None, None, dbias]
 
     def step(name: str, *args: Any) -> Any:
         return launch_step("modulated_conv2d", name, backend, *args)

@@ -211,12 +211,8 @@ def is_fast(device: torch.device) -> bool:
     return device.type == "cuda" and _configured() != "reference" and bool(_candidates("modulated_conv2d"))
 
 
-def launch_step(op: str, step: str, backend: str, *args: Any) -> Any:
-    """Run a step of an op on the leaf of this backend or, where that lacks it, on the best other leaf that has it.
-
-    Raises:
-        BackendError: no leaf of this installation can.
-    """
+def _step_leaf(op: str, step: str, backend: str, args: tuple[Any, ...]) -> Leaf | str:
+    """The leaf of this backend or, where that lacks the step, the best other that has it; or why there is none."""
     reasons = []
     for name in (backend, *(other for other in PREFERENCE if other != backend)):
         found = leaf(op, name)
@@ -225,9 +221,26 @@ def launch_step(op: str, step: str, backend: str, *args: Any) -> Any:
             notes = _notes.get()
             if notes is not None and name != backend:
                 notes.append(f"{step} on {name}")
-            return found.launch(step, *args)
+            return found
         reasons.append(f"{name}: {reason}")
-    raise BackendError(f"{op}: no backend runs its step {step!r} ({'; '.join(reasons)})")
+    return "; ".join(reasons)
+
+
+def launch_step(op: str, step: str, backend: str, *args: Any) -> Any:
+    """Run a step of an op on the leaf of this backend or, where that lacks it, on the best other leaf that has it.
+
+    Raises:
+        BackendError: no leaf of this installation can.
+    """
+    found = _step_leaf(op, step, backend, args)
+    if isinstance(found, str):
+        raise BackendError(f"{op}: no backend runs its step {step!r} ({found})")
+    return found.launch(step, *args)
+
+
+def has_step(op: str, step: str, backend: str, *args: Any) -> bool:
+    """Whether a leaf of this installation runs a step with these arguments."""
+    return not isinstance(_step_leaf(op, step, backend, args), str)
 
 
 def is_whole(op: str, backend: str, *args: Any) -> bool:

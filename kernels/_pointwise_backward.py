@@ -1,0 +1,184 @@
+"""The way back through a 1x1 convolution of few channels on one side, images as a rule: fromRGB and toRGB, in one pass.
+
+    g[n, o] = dy * gain * slope                   0 where |y| >= clamp; float32, and never in memory
+    dx[n, i] = sum over o of w[n, o, i] * g[n, o]
+    dw[n, o, i] = sum over the pixels of g[n, o] * x[n, i]
+    dbias[o] = sum over n and the pixels of g[n, o]
+
+The image of many channels is read once, and the time is that of its bytes; tensor cores would have nothing to multiply.
+Products are float32 in full whatever the dtype. Each program writes sums of its own, which a second, small kernel adds,
+always in the same order; few pixels take one program for all of a channel's and no second kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from clone_fast.kernels._act_backward import COLUMNS, ROWS, rounded, shares_of, supports_act_backward
+from clone_fast.kernels._dense import SLOPES, layout_of
+from clone_fast.kernels._pointwise_kernels import add_shares, few_inputs_kernel, few_outputs_kernel
+
+FEW = 4  # channels, at most, of one side
+WHOLE = 1024  # channels, at most, of a block that has to hold all of them
+ELEMENTS = 1024  # of a tile: 16 bytes of half precision for each thread
+BLOCK = 64  # channels of a tile: 128 bytes of half precision
+BLOCK_APART = 32  # where pixels are innermost, and whose tile may hold all channels there
+WARPS = 4
+STAGES = 3  # tiles under way: what a thread reads at once is not enough to hide the memory's latency
+PROGRAMS_PER_SM = 16
+FEW_TILES = 4  # that one program adds alone
+LONGEST = 32  # tiles that a program adds in float32: the error of a sum grows with its length
+
+
+def supports_pointwise_backward(
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    act: str,
+    gain: float,
+    clamp: float | None,
+    want_dx: bool,
+    want_dw: bool,
+    want_bias: bool,
+) -> str | None:
+    """None where `launch_pointwise_backward` can run, else the reason why not."""
+    outputs, inputs, k = weight.shape[-4:-1]
+    if k != 1:
+        return f"only 1x1 kernels, got {k}x{k}"
+    if min(outputs, inputs) > FEW:
+        return f"only up to {FEW} channels on one side, got {inputs} and {outputs}"
+    if inputs <= outputs and want_dx and outputs > WHOLE:
+        return f"the sum over the outputs goes up to {WHOLE} channels, got {outputs}"
+    if not (want_dx or want_dw):
+        return "without dx and dw act_backward is all that there is to do"
+    if not dy.dtype == y.dtype == x.dtype == weight.dtype:
+        return f"all must have one dtype, got {dy.dtype}, {y.dtype}, {x.dtype} and {weight.dtype}"
+    return supports_act_backward(dy, y, None, None, act, gain, clamp, False, False, want_bias)
+
+
+def launch_pointwise_backward(
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    act: str,
+    gain: float,
+    clamp: float | None,
+    want_dx: bool,
+    want_dw: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dw, dbias) of y = clamp(gain * act(conv(x, weight) + ...)), 1x1; what is not wanted is None.
+
+    Args:
+        dy, y: [N, O, H, W], the gradient of the result and the result; x: [N, I, H, W]; in any layout.
+        weight: [O, I, 1, 1], or [N, O, I, 1, 1], every sample's own, in any memory order; I or O is at most FEW.
+        act: "linear", "relu" or "lrelu" (slope 0.2). gain: positive. clamp: of the result, or None.
+
+    Returns:
+        dx in x's layout, dw like the weight and contiguous, dbias [O]; sums are float32, and rounded once.
+    """
+    outputs, inputs = weight.shape[-4:-2]
+    n, _, height, width = x.shape
+    pixels = height * width
+    few_inputs = inputs <= outputs
+    few, channels = (inputs, outputs) if few_inputs else (outputs, inputs)
+    whole = few_inputs and want_dx
+    layout_y, layout_x = layout_of(y), layout_of(x)
+    if whole and channels > BLOCK:
+        layout_y = torch.channels_last  # or a tile of all channels has a pixel or two
+    dy = dy.contiguous(memory_format=layout_y)
+    y = dy if act == "linear" and clamp is None else y.contiguous(memory_format=layout_y)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_x) if want_dx else None
+    x = x.contiguous(memory_format=layout_x) if want_dw else x
+
+    last = (layout_y if few_inputs else layout_x) is torch.channels_last
+    images = n
+    if weight.ndim == 4 and layout_y is layout_x is torch.channels_last and n * pixels < 2**30:
+        images, pixels = 1, n * pixels  # of one weight, one after the other
+    weights = n if weight.ndim == 5 else 1
+    bc = triton.next_power_of_2(channels)
+    bc = bc if whole else min(bc, BLOCK if last else BLOCK_APART)
+    bp = max(1, min(ELEMENTS // bc, triton.next_power_of_2(pixels)))
+    blocks = triton.cdiv(channels, bc)
+    shares = _shares(x, triton.cdiv(pixels, bp), images, blocks)
+    programs = images * shares
+    columns = few * channels
+    place = (1, channels) if not few_inputs else (few, 1)  # strides of dw
+
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_dw else None
+    dbias = y.new_empty([outputs]) if want_bias else None
+    add_dw, add_bias = want_dw and programs > weights, want_bias and programs > 1
+
+    def sums(columns: int) -> Tensor:
+        return torch.empty([programs, columns], dtype=torch.float32, device=x.device)
+
+    dw_sums = sums(columns) if add_dw else dw
+    bias_sums = sums(outputs) if add_bias else dbias
+    kernel = few_inputs_kernel if few_inputs else few_outputs_kernel
+    kernel[(programs, blocks)](
+        dy,
+        y,
+        x,
+        weight,
+        dx,
+        dw_sums,
+        bias_sums,
+        channels,
+        pixels,
+        shares,
+        weight.stride(0) if weight.ndim == 5 else 0,
+        weight.stride(-4 if few_inputs else -3),
+        weight.stride(-3 if few_inputs else -4),
+        columns,
+        *((1, channels) if add_dw else place),
+        gain,
+        0.0 if clamp is None else rounded(clamp, y.dtype),
+        FEW=few,
+        SLOPE=SLOPES[act],
+        CLAMP=clamp is not None,
+        WIDE_LAST=last,
+        FEW_LAST=(layout_x if few_inputs else layout_y) is torch.channels_last,
+        WANT_DX=want_dx,
+        WANT_DW=want_dw,
+        WANT_BIAS=want_bias,
+        BC=bc,
+        BP=bp,
+        LANES=min(32, max(triton.next_power_of_2(few), bc * x.element_size() // 16)),
+        STAGES=STAGES,
+        num_warps=WARPS,
+    )
+    dw_programs = weights * triton.cdiv(columns, COLUMNS) if add_dw else 0
+    bias_programs = triton.cdiv(outputs, COLUMNS) if add_bias else 0
+    if dw_programs + bias_programs:
+        add_shares[(dw_programs + bias_programs,)](
+            dw_sums,
+            dw,
+            bias_sums,
+            dbias,
+            channels,
+            columns,
+            programs // weights,
+            dw_programs,
+            *place,
+            outputs,
+            programs,
+            ADD_DW=add_dw,
+            ADD_BIAS=add_bias,
+            BR=min(triton.next_power_of_2(programs), ROWS),
+            BC=COLUMNS,
+            num_warps=WARPS,
+        )
+    return dx, dw, dbias
+
+
+def _shares(x: Tensor, tiles: int, images: int, blocks: int) -> int:
+    """How many programs share the tiles of an image and block of channels."""
+    if tiles <= FEW_TILES:
+        return 1
+    shares = shares_of(x.device, tiles, images * blocks, PROGRAMS_PER_SM)
+    longest = LONGEST if x.dtype == torch.float32 else tiles
+    return max(shares, triton.cdiv(tiles, longest))

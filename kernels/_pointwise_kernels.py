@@ -1,0 +1,272 @@
+"""The kernels of `_pointwise_backward`: 1x1 convolutions of few inputs, of few outputs, and the second pass of both.
+
+An image of many channels is read in tiles of BP pixels times BC channels, those of few channels column by column.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from clone_fast.kernels._act_backward import sum_of_rows, through_activation
+
+
+@triton.jit
+def _tile(image, start, row, first, column, channels, pixels, CHANNELS_LAST: tl.constexpr):
+    """Pointers to channels first + column of the pixels start + row; 64 bits, an image may have 2^31 elements."""
+    if CHANNELS_LAST:
+        at = image + (tl.cast(start, tl.int64) * channels + first) + (row * channels + column)
+    else:
+        at = image + (tl.cast(first, tl.int64) * pixels + start) + (column * pixels + row)
+    return at
+
+
+@triton.jit
+def _columns(image, start, row, pixels, FEW: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """The pixels start + row of an image of few channels: of each [BP, 1]."""
+    columns = ()
+    for i in tl.static_range(FEW):
+        at = _tile(image, start, row, 0, i, FEW, pixels, CHANNELS_LAST)
+        columns += (tl.load(at, mask=row < pixels - start, other=0.0),)  # type: ignore[assignment]
+    return columns
+
+
+@triton.jit
+def _weights(weight, c, channels, w_wide, w_few, FEW: tl.constexpr):
+    """Those of each of the few channels, [1, BC]."""
+    weights = ()
+    for i in tl.static_range(FEW):
+        value = tl.load(weight + c * w_wide + i * w_few, mask=c < channels, other=0.0).to(tl.float32)
+        weights += (value,)  # type: ignore[assignment]
+    return weights
+
+
+@triton.jit
+def _zeros(FEW: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(FEW):
+        zeros += (tl.zeros((BP, BC), dtype=tl.float32),)  # type: ignore[assignment]
+    return zeros
+
+
+@triton.jit
+def few_inputs_kernel(
+    dy,
+    y,
+    x,
+    weight,
+    dx,
+    dw,
+    dbias,
+    channels,
+    pixels,
+    shares,
+    w_n,
+    w_wide,
+    w_few,
+    dw_row,
+    dw_wide,
+    dw_few,
+    gain,
+    clamp,
+    FEW: tl.constexpr,
+    SLOPE: tl.constexpr,
+    CLAMP: tl.constexpr,
+    WIDE_LAST: tl.constexpr,
+    FEW_LAST: tl.constexpr,
+    WANT_DX: tl.constexpr,
+    WANT_DW: tl.constexpr,
+    WANT_BIAS: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dy and y have many channels, x and dx few. Programs (image and share of its pixels, block of channels).
+
+    A block has all channels where dx is wanted. dw, dbias: a row of each program's sums, to be added; or the results
+    where there is one.
+    """
+    n = tl.program_id(0) // shares
+    first = tl.program_id(1) * BC
+    column = tl.arange(0, BC)[None, :]
+    row = tl.arange(0, BP)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    of_image = tl.cast(n, tl.int64) * pixels
+    dy += of_image * channels
+    y += of_image * channels
+    if WANT_DX:
+        dx += of_image * FEW
+        weights = _weights(weight + n * w_n, first + column, channels, w_wide, w_few, FEW)
+    begin = tl.program_id(0) % shares * BP
+    step = shares * BP
+    if WANT_DW:
+        x += of_image * FEW
+        sums = _zeros(FEW, BP, BC)
+        there = _columns(x, begin, row, pixels, FEW, FEW_LAST)
+    of_bias = tl.zeros((BP, BC), dtype=tl.float32)
+    for start in tl.range(begin, pixels, step, num_stages=STAGES):
+        inside = (row < pixels - start) & (column < channels - first)
+        value = tl.load(
+            _tile(dy, start, row, first, column, channels, pixels, WIDE_LAST), mask=inside, other=0.0
+        ).to(tl.float32)  # fmt: skip
+        seen = value
+        if SLOPE != 1.0 or CLAMP:
+            seen = tl.load(
+                _tile(y, start, row, first, column, channels, pixels, WIDE_LAST), mask=inside, other=0.0
+            ).to(tl.float32)  # fmt: skip
+        value = through_activation(value, seen, gain, clamp, SLOPE, CLAMP)
+        if WANT_BIAS:
+            of_bias += value
+        if WANT_DW:
+            # A step ahead: elements of 2 bytes are too small for what Triton copies ahead in stages.
+            coming = _columns(x, start + step, row, pixels, FEW, FEW_LAST)
+            added = ()
+            for i in tl.static_range(FEW):
+                added += (sums[i] + value * there[i].to(tl.float32),)  # type: ignore[assignment]
+            sums = added
+            there = coming
+        if WANT_DX:
+            # LANES threads have the sum of a pixel, and one stores it: a single column would go through shared memory.
+            at = _tile(dx, start, row, 0, lane, FEW, pixels, FEW_LAST)
+            for i in tl.static_range(FEW):
+                total = tl.sum(value * weights[i], axis=1, keep_dims=True).to(dx.dtype.element_ty)
+                tl.store(at, tl.broadcast_to(total, (BP, LANES)), mask=(row < pixels - start) & (lane == i))
+    c = first + tl.arange(0, BC)
+    if WANT_DW:
+        for i in tl.static_range(FEW):
+            at = tl.program_id(0) * dw_row + c * dw_wide + i * dw_few
+            tl.store(dw + at, tl.sum(sums[i], axis=0).to(dw.dtype.element_ty), mask=c < channels)
+    if WANT_BIAS:
+        at = tl.program_id(0) * channels + c
+        tl.store(dbias + at, tl.sum(of_bias, axis=0).to(dbias.dtype.element_ty), mask=c < channels)
+
+
+@triton.jit
+def few_outputs_kernel(
+    dy,
+    y,
+    x,
+    weight,
+    dx,
+    dw,
+    dbias,
+    channels,
+    pixels,
+    shares,
+    w_n,
+    w_wide,
+    w_few,
+    dw_row,
+    dw_wide,
+    dw_few,
+    gain,
+    clamp,
+    FEW: tl.constexpr,
+    SLOPE: tl.constexpr,
+    CLAMP: tl.constexpr,
+    WIDE_LAST: tl.constexpr,
+    FEW_LAST: tl.constexpr,
+    WANT_DX: tl.constexpr,
+    WANT_DW: tl.constexpr,
+    WANT_BIAS: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """`few_inputs_kernel`, but that x and dx have many channels, dy and y few."""
+    n = tl.program_id(0) // shares
+    first = tl.program_id(1) * BC
+    column = tl.arange(0, BC)[None, :]
+    row = tl.arange(0, BP)[:, None]
+    of_image = tl.cast(n, tl.int64) * pixels
+    dy += of_image * FEW
+    y += of_image * FEW
+    begin = tl.program_id(0) % shares * BP
+    step = shares * BP
+    grads = _columns(dy, begin, row, pixels, FEW, FEW_LAST)
+    seen = grads
+    if SLOPE != 1.0 or CLAMP:
+        seen = _columns(y, begin, row, pixels, FEW, FEW_LAST)
+    if WANT_DX:
+        dx += of_image * channels
+        weights = _weights(weight + n * w_n, first + column, channels, w_wide, w_few, FEW)
+    if WANT_DW:
+        x += of_image * channels
+        sums = _zeros(FEW, BP, BC)
+    if WANT_BIAS:
+        of_bias = _zeros(FEW, BP, 1)
+    for start in tl.range(begin, pixels, step, num_stages=STAGES):
+        inside = (row < pixels - start) & (column < channels - first)
+        if WANT_DW:
+            there = tl.load(
+                _tile(x, start, row, first, column, channels, pixels, WIDE_LAST), mask=inside, other=0.0
+            ).to(tl.float32)  # fmt: skip
+        coming = _columns(dy, start + step, row, pixels, FEW, FEW_LAST)
+        total = tl.zeros((BP, BC), dtype=tl.float32)
+        added = ()
+        biased = ()
+        for o in tl.static_range(FEW):
+            value = through_activation(grads[o].to(tl.float32), seen[o].to(tl.float32), gain, clamp, SLOPE, CLAMP)
+            if WANT_BIAS:
+                biased += (of_bias[o] + value,)  # type: ignore[assignment]
+            if WANT_DW:
+                added += (sums[o] + value * there,)  # type: ignore[assignment]
+            if WANT_DX:
+                total += value * weights[o]
+        if WANT_DX:
+            at = _tile(dx, start, row, first, column, channels, pixels, WIDE_LAST)
+            tl.store(at, total.to(dx.dtype.element_ty), mask=inside)
+        if WANT_DW:
+            sums = added
+        if WANT_BIAS:
+            of_bias = biased
+        grads = coming
+        if SLOPE != 1.0 or CLAMP:
+            seen = _columns(y, start + step, row, pixels, FEW, FEW_LAST)
+        else:
+            seen = coming
+    c = first + tl.arange(0, BC)
+    for o in tl.static_range(FEW):
+        if WANT_DW:
+            at = tl.program_id(0) * dw_row + c * dw_wide + o * dw_few
+            tl.store(dw + at, tl.sum(sums[o], axis=0).to(dw.dtype.element_ty), mask=c < channels)
+        if WANT_BIAS:
+            at = tl.program_id(0) * FEW + o
+            tl.store(dbias + at, tl.sum(of_bias[o]).to(dbias.dtype.element_ty), mask=tl.program_id(1) == 0)
+
+
+@triton.jit
+def add_shares(
+    dw_sums,
+    dw,
+    bias_sums,
+    dbias,
+    channels,
+    columns,
+    shares,
+    dw_programs,
+    dw_wide,
+    dw_few,
+    bias_columns,
+    bias_shares,
+    ADD_DW: tl.constexpr,
+    ADD_BIAS: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The second pass. Programs: for every sample's weight one for every BC of its columns, then the bias's."""
+    pid = tl.program_id(0)
+    if pid < dw_programs:
+        if ADD_DW:
+            blocks = tl.cdiv(columns, BC)
+            n = pid // blocks
+            line = sum_of_rows(dw_sums + n * shares * columns, pid % blocks, shares, columns, BR, BC)
+            c = pid % blocks * BC + tl.arange(0, BC)
+            at = n * columns + c % channels * dw_wide + c // channels * dw_few
+            tl.store(dw + at, line.to(dw.dtype.element_ty), mask=c < columns)
+    elif ADD_BIAS:
+        line = sum_of_rows(bias_sums, pid - dw_programs, bias_shares, bias_columns, BR, BC)
+        c = (pid - dw_programs) * BC + tl.arange(0, BC)
+        tl.store(dbias + c, line.to(dbias.dtype.element_ty), mask=c < bias_columns)
