@@ -50,15 +50,15 @@ def arguments(
     n, inputs, outputs, height, width = case
     act, gain, clamp = epilogue
     of_x, of_y, of_dy = layouts.split()
-    y = torch.randn(n, outputs, height, width).to(dtype)
+    y = torch.randn(n, outputs, height, width, device=device).to(dtype)
     y = y.relu() if act == "relu" else y
     if clamp is not None:
         limit = float(torch.tensor(clamp, dtype=dtype))  # as results hold it
         y = y.clamp(-limit, limit)
-    x, dy = torch.randn(n, inputs, height, width).to(dtype), torch.randn(y.shape).to(dtype)
-    weight = torch.randn(*([n] if per_sample else []), outputs, inputs, 1, 1).to(dtype)
-    images = (as_layout(image, layout).to(device) for image, layout in ((dy, of_dy), (y, of_y), (x, of_x)))
-    return *images, weight.to(device), act, gain, clamp
+    x, dy = torch.randn(n, inputs, height, width, device=device).to(dtype), torch.randn_like(y)
+    weight = torch.randn(*([n] if per_sample else []), outputs, inputs, 1, 1, device=device).to(dtype)
+    images = (as_layout(image, layout) for image, layout in ((dy, of_dy), (y, of_y), (x, of_x)))
+    return *images, weight, act, gain, clamp
 
 
 def check(args: tuple[Any, ...], wants: tuple[bool, ...], device: str) -> list[Tensor | None]:
