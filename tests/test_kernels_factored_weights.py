@@ -234,10 +234,10 @@ def calls(dtype: torch.dtype, up: int, k: int, tf32: bool = False) -> list[Call]
 @needs_gpu
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("up", [1, 2])
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_gradients_with_a_frozen_weight(precision: str, up: int, k: int, backend: str) -> None:
-    """fp16 goes by the weight gradient, as ever."""
+    """fp16 goes by the weight gradient, as ever; so does float32, see below."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     found = [
         f"{call}: {text}" for call in calls(dtype, up, k, precision == "tf32") for text in complaints(call, backend)
@@ -246,18 +246,23 @@ def test_gradients_with_a_frozen_weight(precision: str, up: int, k: int, backend
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("up", [1, 2])
-def test_the_same_gradient_as_by_the_weights(up: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = calls(dtype, up, 3)[0]
+def test_the_same_gradient_as_by_the_weights(up: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By sums over images, which is another way; but in exact float32 the same one, whose error others test."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "tf32")
+    call = calls(torch.bfloat16 if precision == "bf16" else torch.float32, up, 3)[0]
     grads = []
     for fewest in 16, 1000:
         monkeypatch.setattr(factored_weights, "FEWEST", fewest)
         inputs = call.inputs()
         y = call.function(**inputs)
         grads.append(torch.autograd.grad(y, inputs["styles"], y.detach())[0])
-    assert not torch.equal(*grads)  # or both came by one way
-    assert cosine(*grads) > 1 - (1e-3 if dtype == torch.bfloat16 else 1e-7)
+    if precision == "fp32":
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)  # cuDNN's sums, in any order
+    else:
+        assert not torch.equal(*grads)
+        assert cosine(*grads) > 1 - {"tf32": 1e-5, "bf16": 1e-3}[precision]
 
 
 @needs_gpu
