@@ -23,7 +23,7 @@ from torch import Tensor
 
 from clone_fast.errors import BackendError
 from clone_fast.ops import compile_ahead
-from clone_fast.ops.streams import rejoin
+from clone_fast.ops.streams import ended, rejoin
 
 # Of each variant before its capture: kernels are compiled and loaded, optimisers allocate. Not more, since an eager
 # call while there are graphs needs memory beside theirs.
@@ -115,6 +115,8 @@ class CudaGraphs:
             torch.cuda.set_stream(current)
             generator.graphsafe_set_state(numbers)
             raise
+        finally:
+            ended()
         return graph.replay
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from clone_fast.draws import Draws, Wanted
 from clone_fast.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity, paired_cohesion
 from clone_fast.nn import Discriminator, Generator, Precision, settled
+from clone_fast.ops.streams import aside, joined
 from clone_fast.progress import quick_psnr, ramp
 from clone_fast.settings import TweakSettings
 
@@ -158,8 +160,10 @@ class Tweak:
         values: dict[str, Tensor] = {}
         terms: dict[str, Tensor] = {}
         if local:
-            values["psnr"] = quick_psnr(images[:1], self.photo)
-            terms["recon"] = s.reconstruction_weight * self.reconstruction(images[:1])
+            clone = first(images, 1)
+            # beside the loss, which does not need it
+            values["psnr"] = aside(clone.device, "measure", partial(quick_psnr, clone, self.photo), reads=[clone])
+            terms["recon"] = s.reconstruction_weight * self.reconstruction(clone)
         if self.adversary is not None and s.judges(local):
             real = before if self.pool is None else self.real[: len(before)]
             if local:
@@ -174,6 +178,7 @@ class Tweak:
         self.descent.step(loss, rate)
         self.draws.table.advance()
         values = {"loss": loss, **values, **terms}
+        joined(loss.device, "measure")
         self.board.write(values)
         self.names[local] = tuple(values)
 
@@ -195,7 +200,7 @@ class Tweak:
         drawn = _synthesise(self.generator, own, rest, moved, self.maps, s)
         if local and c is not None and self.label is not None:
             c = torch.cat([self.label, c])
-        return Drawn(drawn[: local + others], before, c, drawn[local + others :], wanted)
+        return Drawn(first(drawn, local + others), before, c, drawn[local + others :], wanted)
 
 
 class Drawn(NamedTuple):
@@ -214,6 +219,11 @@ class Drawn(NamedTuple):
     label: Tensor | None
     edited: Tensor
     wanted: Tensor
+
+
+def first(images: Tensor, count: int) -> Tensor:
+    """The first so many; all of them as they are, since the gradient of a part is a pass over the whole."""
+    return images if count == len(images) else images[:count]
 
 
 def _synthesise(

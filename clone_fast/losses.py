@@ -8,12 +8,14 @@ scalar, the mean over its samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clone_fast.ops import fast_double_backward, laplacian_pyramid_loss
+from clone_fast.ops.streams import beside
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 
@@ -46,8 +48,14 @@ class Reconstruction:
     def __call__(self, image: Tensor) -> Tensor:
         if self.similarity is not None:
             return self.similarity(image, self.photo)
-        loss = laplacian_pyramid_loss(image, self.photo, levels=self.levels)
-        return loss + self.mse_weight * F.mse_loss(image, self.photo)
+        squares, loss = beside(
+            image.device,
+            "squares",
+            partial(F.mse_loss, image, self.photo),
+            partial(laplacian_pyramid_loss, image, self.photo, levels=self.levels),
+            reads=[image],
+        )
+        return loss + self.mse_weight * squares
 
 
 class LaplacianPyramidLoss(nn.Module):

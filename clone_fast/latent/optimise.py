@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from clone_fast.latent.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity
 from clone_fast.memory import full, without_frames
 from clone_fast.nn import Generator, Precision, frozen, settled
+from clone_fast.ops.streams import aside, joined
 from clone_fast.progress import Keeper, Progress, Record, quick_psnr, ramp
 from clone_fast.stepwise import Pause, Steps, stepwise
 
@@ -226,8 +228,11 @@ class Search:
         if s.noise_maps:
             structure = [noise_structure(m) for m in self.maps.values()]
             loss = loss + s.noise_regularization * torch.stack(structure).sum()
-        self.board.write({"loss": loss, "psnr": quick_psnr(image, self.photo)})
+        # beside the gradient, which does not need it
+        psnr = aside(image.device, "measure", partial(quick_psnr, image, self.photo), reads=[image])
         self.descent.step(loss, self.table["rate"])
+        joined(image.device, "measure")
+        self.board.write({"loss": loss, "psnr": psnr})
         with torch.no_grad():
             for m in [] if rehearsing() else self.tuned[1:]:  # keep the maps at zero mean and unit variance
                 m.sub_(m.mean()).mul_(m.square().mean().rsqrt())

@@ -7,6 +7,7 @@ networks, so that their weights draw the same image.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from clone_fast.nn.layers import (
 from clone_fast.nn.tables import style_table
 from clone_fast.ops import modulated_conv2d, setup_filter, upsample2d
 from clone_fast.ops.bias_act import ACTIVATIONS
+from clone_fast.ops.streams import aside, joined, ready
 
 NOISE_MODES = ("const", "random", "none")
 
@@ -205,15 +207,18 @@ class SynthesisBlock(nn.Module):
             yield "conv0", self.conv0
         yield from (("conv1", self.conv1), ("torgb", self.torgb))
 
-    def forward(self, x: Tensor, img: Tensor | None, given: Mapping[str, Prepared]) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, given: Mapping[str, Prepared]) -> Tensor:
         """x: of the first block its constant [N, C, 4, 4]. given: what every layer takes, by name."""
         if not self.first:
             x = self.conv0(x, given["conv0"])
-        x = self.conv1(x, given["conv1"])
-        rgb = self.torgb(x, given["torgb"])
+        return self.conv1(x, given["conv1"])
+
+    def image(self, x: Tensor, img: Tensor | None, given: Mapping[str, Prepared]) -> Tensor:
+        """The image so far, float32 at least, of what `forward` returned and of the image up to the block before."""
+        rgb: Tensor = self.torgb(x, given["torgb"])
         if img is None:
-            return x, rgb.to(at_least_float32(rgb.dtype))
-        return x, upsample2d(img, self.resample_filter.float()) + rgb  # in float32: the sum promotes
+            return rgb.to(at_least_float32(rgb.dtype))
+        return upsample2d(img, self.resample_filter.float()) + rgb  # in float32: the sum promotes
 
 
 class SynthesisNetwork(nn.Module):
@@ -262,9 +267,13 @@ class SynthesisNetwork(nn.Module):
                 maps[name] = torch.randn(n, 1, *const.shape, device=const.device)
         return maps
 
-    def _prepared(self, ws: Tensor, noise: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, dict[str, Prepared]]:
+    def _prepared(
+        self, ws: Tensor, noise: Mapping[str, Tensor], dtype: torch.dtype, recompute: bool
+    ) -> dict[str, dict[str, Prepared]]:
         """What the layers take, by block and layer."""
         layers, styles = dict(self._layers()), self.styles(ws)
+        if not recompute:  # weights modulated ahead of their layer are kept for longer
+            ready(styles.values())
         noisy = {name: layer for name, layer in layers.items() if isinstance(layer, SynthesisLayer)}
         values = [layer.bias for layer in layers.values()] + [layer.noise_strength for layer in noisy.values()]
         small, maps = in_one_go(values, dtype), dict(zip(noise, in_one_go(list(noise.values()), dtype), strict=True))
@@ -320,10 +329,15 @@ class SynthesisNetwork(nn.Module):
         const: Tensor = self.get_parameter("b4.const")
         x = fast_layout(const.expand(ws.shape[0], -1, -1, -1), dtype)
         img: Any = None
-        prepared = self._prepared(ws, self._noise(ws.shape[0], noise_mode, noise), x.dtype)
+        prepared = self._prepared(ws, self._noise(ws.shape[0], noise_mode, noise), x.dtype, recompute)
         for resolution in self.block_resolutions:
-            name = f"b{resolution}"
-            x, img = run(self.get_submodule(name), x, img, prepared[name], recompute=recompute)
+            block: Any = self.get_submodule(f"b{resolution}")
+            given = prepared[f"b{resolution}"]
+            x = run(block, x, given, recompute=recompute)
+            # beside the next blocks, which do not need it
+            reads = [x] if img is None else [x, img]
+            img = aside(x.device, "image", partial(block.image, x, img, given), reads)
+        joined(x.device, "image")
         image: Tensor = img.contiguous()
         return image
 

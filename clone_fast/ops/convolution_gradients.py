@@ -24,7 +24,7 @@ from torch import Tensor
 
 from clone_fast.ops.dispatch import has_step, is_whole, launch_step
 from clone_fast.ops.registration import Recorded, like
-from clone_fast.ops.streams import beside
+from clone_fast.ops.streams import left_beside
 from clone_fast.ops.upfirdn2d import adjoint
 from clone_fast.reference.modulated_conv2d import downsampling_padding, upsampling_padding
 
@@ -67,10 +67,10 @@ def convolution_gradients(
     dx = dw = None
     if up == 1 and down == 1:
         k = weight.shape[-1]
-        dw, dx = beside(
-            x.device,
-            "wgrad",
-            lambda: step("wgrad", x, g, k, 1, k // 2, weight.ndim == 5, weight.dtype) if want_dw else None,
+        dw, dx = _beside(
+            weight,
+            [x, g],
+            (lambda: step("wgrad", x, g, k, 1, k // 2, weight.ndim == 5, weight.dtype)) if want_dw else None,
             lambda: step("conv", g, weight.transpose(-3, -4), 1, k // 2, True) if want_dx else None,
         )
     elif want_dx or want_dw:
@@ -113,8 +113,23 @@ def factor_gradients(
     activation = (noise, noise_strength, act, gain, clamp, *want_sums)
     g, *sums, dots = launch_step("modulated_conv2d", "act_backward", backend, dy, y, *activation, bias, d is not None)
     dx = convolution_gradients(backend, g, g, x, weight, *bare)[0]
-    ds, dd = launch_step("modulated_conv2d", "factor_gradients", backend, x, dx, s, dots, d)
+
+    def of_factors() -> tuple[Tensor, Tensor | None]:
+        ds, dd = launch_step("modulated_conv2d", "factor_gradients", backend, x, dx, s, dots, d)
+        return like(ds, s), None if d is None else like(dd, d)
+
+    reads = [tensor for tensor in (x, dx, dots) if tensor is not None]
+    (ds, dd), _ = left_beside(x.device, "wgrad", s, of_factors, lambda: None, reads)
     return [dx, ds, dd, *sums]
+
+
+def _beside(
+    weight: Tensor, reads: list[Tensor], dw: Callable[[], Tensor] | None, dx: Callable[[], Tensor | None]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both gradients of a convolution, that to the weight, in its memory order, of these images; None: not wanted."""
+    if dw is None:
+        return None, dx()
+    return left_beside(weight.device, "wgrad", weight, lambda: like(dw(), weight), dx, reads)
 
 
 def _fir(backend: str, x: Tensor, f: Tensor, *args: Any) -> Tensor:
@@ -128,10 +143,10 @@ def _up_gradients(
     k = weight.shape[-1]
     size = [2 * (n - 1) + k for n in x.shape[2:]]  # of the transposed convolution
     h = _fir(backend, g, f, *adjoint(size, g.shape[2:], f, ONE, ONE, upsampling_padding(f, k)), True, 4.0)
-    dw, dx = beside(
-        x.device,
-        "wgrad",
-        lambda: step("wgrad", h, x, k, 2, 0, weight.ndim == 5, weight.dtype).transpose(-3, -4) if want_dw else None,
+    dw, dx = _beside(
+        weight,
+        [h, x],
+        (lambda: step("wgrad", h, x, k, 2, 0, weight.ndim == 5, weight.dtype).transpose(-3, -4)) if want_dw else None,
         lambda: step("conv", h, weight.transpose(-3, -4), 2, 0, False) if want_dx else None,
     )
     return dx, dw
@@ -159,10 +174,10 @@ def _down_gradients(
         dw: Tensor = step("wgrad", filtered, g, k, stride, 0, weight.ndim == 5, weight.dtype)
         return dw
 
-    dw, dx = beside(
-        x.device,
-        "wgrad",
-        lambda: weight_gradient() if want_dw else None,
+    dw, dx = _beside(
+        weight,
+        [x, g],
+        weight_gradient if want_dw else None,
         lambda: input_gradient() if want_dx else None,
     )
     return dx, dw

@@ -24,7 +24,7 @@ from clone_fast.ops import finished_weights
 from clone_fast.ops.convolution_gradients import factor_gradients
 from clone_fast.ops.dispatch import launch_step, note, step_backend
 from clone_fast.ops.registration import Recorded, composite_gradients, like, register
-from clone_fast.ops.streams import beside
+from clone_fast.ops.streams import made_beside
 from clone_fast.reference import modulated_conv2d as spec
 
 FEWEST = 16  # output channels: for fewer, the weight gradient reads x once where this reads x and dx
@@ -163,8 +163,8 @@ def factored_conv2d(
 ) -> Tensor:
     """`modulated_conv2d` with a gradient to all but the weight; the weight of any dtype, args as of `convolve`."""
     factored = step_backend("modulated_conv2d", "factored")
-    # beside, for the sake of its gradient, for which the layers before this one need not wait
+    # beside, also for the sake of its gradient, for which the layers before this one need not wait
     make = functools.partial(_weights_op, weight, styles, demodulate, eps, x.dtype, factored)
-    (made, s, d, _), _ = beside(x.device, "weights", make, lambda: None, reads=[weight, styles])
+    made, s, d, _ = made_beside(x.device, "weights", make, reads=[weight, styles])
     y: Tensor = _op(x, made, *args, s, d if demodulate else None, backend)
     return y

@@ -28,7 +28,7 @@ from clone_fast.ops.checks import (
 from clone_fast.ops.dispatch import launch_step, resolve, step_backend
 from clone_fast.ops.factored_weights import factored_conv2d, serves
 from clone_fast.ops.registration import Recorded, as_result, composite_gradients, like, register, without_autocast
-from clone_fast.ops.streams import beside
+from clone_fast.ops.streams import made_beside
 from clone_fast.reference import modulated_conv2d as spec
 from clone_fast.reference.bias_act import ACTIVATIONS, activation_defaults
 
@@ -92,10 +92,9 @@ def _modulated_weights(weight: Tensor, styles: Tensor | None, x: Tensor, *option
     in_order = backend == "reference" or weight.ndim == 5 or weight.shape[-1] == 1 or x.dtype.itemsize != 2
     if styles is None and in_order:
         return weight
-    # beside, for the sake of its gradient, for which the layers before this one need not wait
-    made: Tensor
+    # beside, also for the sake of its gradient, for which the layers before this one need not wait
     make = functools.partial(_weights_op, weight, styles, *options, x.dtype, backend)
-    made, _ = beside(x.device, "weights", make, lambda: None, reads=[weight] if styles is None else [weight, styles])
+    made: Tensor = made_beside(x.device, "weights", make, reads=[weight] if styles is None else [weight, styles])
     return made
 
 

@@ -1,12 +1,17 @@
 """Work that goes side by side on the GPU.
 
 The layers of low resolution leave most of a GPU idle. In a CUDA graph what does not depend on one another runs at the
-same time, which costs nothing there; launched kernel by kernel, the host is slower than the GPU anyway.
+same time, which costs nothing there; launched kernel by kernel, the host is slower than the GPU anyway. So all of this
+is for captures, and elsewhere one comes after the other.
+
+A lane is a stream beside the current one. Two things can go wrong, and neither shows before the timing is unlucky: who
+reads must wait for who wrote; and memory must not be given to others, nor written in place, before all have read it.
+What a stream frees it gives to its own next work, in a capture at once, whoever else still reads it there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -15,9 +20,12 @@ from torch import Tensor
 
 First = TypeVar("First")
 Second = TypeVar("Second")
+Made = TypeVar("Made", Tensor, tuple[Tensor, ...])
 
+SMALL = 48 << 20  # bytes of an image: what is larger fills a GPU by itself, and its memory is wanted
 
 _lanes: dict[tuple[torch.device, int, str], torch.cuda.Stream] = {}
+_kept: dict[torch.cuda.Stream, list[Tensor]] = {}  # what a lane reads in the capture that is under way
 
 
 def _beside(device: torch.device, stream: int, lane: str) -> torch.cuda.Stream:
@@ -26,6 +34,37 @@ def _beside(device: torch.device, stream: int, lane: str) -> torch.cuda.Stream:
     if key not in _lanes:
         _lanes[key] = torch.cuda.Stream(device)
     return _lanes[key]
+
+
+def _capturing(device: torch.device) -> bool:
+    if torch.compiler.is_compiling() or device.type != "cuda":
+        return False
+    if torch.cuda.is_current_stream_capturing():
+        return True
+    ended()
+    return False
+
+
+def _begun(other: torch.cuda.Stream, after: torch.cuda.Event | torch.cuda.Stream, reads: Iterable[Tensor]) -> None:
+    """What comes on this lane waits for an event, or for all that a stream has, and may read these."""
+    if isinstance(after, torch.cuda.Event):
+        other.wait_event(after)
+    else:
+        other.wait_stream(after)
+    for tensor in reads:
+        tensor.record_stream(other)
+
+
+def ready(tensors: Iterable[Tensor]) -> None:
+    """In a capture, remember with each of them that it is there from now on.
+
+    Who reads it beside the current stream, and parameters with it, need not wait for what is launched there after this.
+    """
+    tensors = list(tensors)
+    if tensors and _capturing(tensors[0].device):
+        event = torch.cuda.current_stream(tensors[0].device).record_event()
+        for tensor in tensors:
+            tensor.ready = event  # type: ignore[attr-defined]
 
 
 def beside(
@@ -48,18 +87,108 @@ def beside(
         reads: what the gradient of `run` reads of the current stream's. That frees it as soon as the gradient is
             launched, and in a capture would give its memory to others who do not wait.
     """
-    if torch.compiler.is_compiling() or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+    if not _capturing(device):
         return run(), meanwhile()
     current = torch.cuda.current_stream(device)
     other = _beside(device, current.cuda_stream, lane)
-    other.wait_stream(current)
-    for tensor in reads:
-        tensor.record_stream(other)
+    _begun(other, current, reads)
     with torch.cuda.stream(other):
         one = run()
     two = meanwhile()
     current.wait_stream(other)
     return one, two
+
+
+def made_beside(device: torch.device, lane: str, run: Callable[[], Made], reads: Sequence[Tensor]) -> Made:
+    """The tensors that `run` makes, in a capture beside what the current stream did since `reads` were `ready`.
+
+    The current stream waits here. What is made knows its lane, so that `left_beside` may leave its gradient there; its
+    memory nothing else gets in this capture, since the lane does not wait for those who read it.
+    """
+    if not _capturing(device):
+        return run()
+    current = torch.cuda.current_stream(device)
+    other = _beside(device, current.cuda_stream, lane)
+    events = [tensor.ready for tensor in reads if hasattr(tensor, "ready")]
+    # a weight that is no parameter may have been computed since
+    known = all(hasattr(tensor, "ready") or isinstance(tensor, torch.nn.Parameter) for tensor in reads)
+    after = events[0] if events and known else current
+    _begun(other, after, reads)
+    with torch.cuda.stream(other):
+        made = run()
+    current.wait_stream(other)
+    for tensor in (made,) if isinstance(made, Tensor) else made:
+        tensor.lane = other  # type: ignore[attr-defined]
+        if after is not current:
+            tensor.record_stream(current)
+    return made
+
+
+def left_beside(
+    device: torch.device,
+    lane: str,
+    of: Tensor,
+    run: Callable[[], First],
+    meanwhile: Callable[[], Second],
+    reads: Sequence[Tensor],
+) -> tuple[First, Second]:
+    """What `run` and `meanwhile` return, as of `beside`; but where it may, nothing waits for `run`.
+
+    Args:
+        of: what `run` makes the gradient of. If it was `made_beside`, that gradient is used on its lane alone, by the
+            gradient of what made it.
+        reads: all that `run` reads of the current stream's. It is kept to the end of the capture, so it must be
+            `SMALL`, or the current stream waits.
+    """
+    other = getattr(of, "lane", None)
+    if other is None or not _capturing(device) or any(tensor.nbytes > SMALL for tensor in reads):
+        return beside(device, lane, run, meanwhile)
+    ended()
+    _begun(other, torch.cuda.current_stream(device), reads)
+    # Held by us, too: what none but autograd holds it may add to in place, while the lane still reads it.
+    _kept.setdefault(other, []).extend(reads)
+    with torch.cuda.stream(other):
+        one = run()
+    return one, meanwhile()
+
+
+def aside(device: torch.device, lane: str, run: Callable[[], Tensor], reads: Sequence[Tensor]) -> Tensor:
+    """What `run` makes, in a capture on this lane, for which nothing waits but `joined`.
+
+    reads: all that `run` and its gradient read of the current stream's. Where it is not `SMALL`, that one waits for the
+    lane, and goes on itself.
+    """
+    if not _capturing(device):
+        return run()
+    current = torch.cuda.current_stream(device)
+    other = _beside(device, current.cuda_stream, lane)
+    if any(tensor.nbytes > SMALL for tensor in reads):
+        joined(device, lane)
+        return run()
+    _begun(other, current, reads)
+    with torch.cuda.stream(other):
+        return run()
+
+
+def joined(device: torch.device, lane: str) -> None:
+    """The current stream waits for what went `aside` on this lane."""
+    if _capturing(device):
+        current = torch.cuda.current_stream(device)
+        other = _beside(device, current.cuda_stream, lane)
+        if _takes_part(other):
+            current.wait_stream(other)
+
+
+def _takes_part(lane: torch.cuda.Stream) -> bool:
+    """Whether it is captured."""
+    with torch.cuda.stream(lane):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def ended() -> None:
+    """Let go of what the lanes read in captures that have come to their end, well or not."""
+    for lane in [lane for lane in _kept if not _takes_part(lane)]:
+        del _kept[lane]
 
 
 def rejoin(device: torch.device) -> None:
@@ -70,9 +199,6 @@ def rejoin(device: torch.device) -> None:
     """
     current = torch.cuda.current_stream(device)
     for (where, _, _), lane in list(_lanes.items()):
-        if where == device and lane != current:
-            with torch.cuda.stream(lane):
-                takes_part = torch.cuda.is_current_stream_capturing()
-            if takes_part:
-                with suppress(RuntimeError):  # a capture that CUDA has given up already has nothing to wait for
-                    current.wait_stream(lane)
+        if where == device and lane != current and _takes_part(lane):
+            with suppress(RuntimeError):  # a capture that CUDA has given up already has nothing to wait for
+                current.wait_stream(lane)
