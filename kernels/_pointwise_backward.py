@@ -22,6 +22,7 @@ from clone_fast.kernels._pointwise_kernels import add_shares, few_inputs_kernel,
 
 FEW = 4  # channels, at most, of one side
 WHOLE = 1024  # channels, at most, of a block that has to hold all of them
+PIXELS = 2**25  # of an image, at most: within a tile offsets have 32 bits
 ELEMENTS = 1024  # of a tile: 16 bytes of half precision for each thread
 BLOCK = 64  # channels of a tile: 128 bytes of half precision
 BLOCK_APART = 32  # where pixels are innermost, and whose tile may hold all channels there
@@ -52,6 +53,8 @@ def supports_pointwise_backward(
         return f"only up to {FEW} channels on one side, got {inputs} and {outputs}"
     if inputs <= outputs and want_dx and outputs > WHOLE:
         return f"the sum over the outputs goes up to {WHOLE} channels, got {outputs}"
+    if x.shape[2] * x.shape[3] > PIXELS:
+        return f"only up to {PIXELS} pixels, got {list(x.shape[2:])}"
     if not (want_dx or want_dw):
         return "without dx and dw act_backward is all that there is to do"
     if not dy.dtype == y.dtype == x.dtype == weight.dtype:

@@ -283,8 +283,10 @@ def test_when_it_is_taken(shape: list[int], noise: bool, want: str, steps: list[
 def test_reasons(device: str) -> None:
     supports = leaf(device).supports_pointwise_backward
 
-    def why(inputs: int, outputs: int, *rest: Any, k: int = 1, dtype: torch.dtype = torch.float32) -> Any:
-        x, y = (torch.zeros(1, c, 4, 4, device=device) for c in (inputs, outputs))
+    def why(
+        inputs: int, outputs: int, *rest: Any, k: int = 1, dtype: torch.dtype = torch.float32, size: int = 4
+    ) -> Any:
+        x, y = (torch.zeros(1, c, 1, 1, device=device).expand(-1, -1, size, size) for c in (inputs, outputs))
         weight = torch.zeros(outputs, inputs, k, k, device=device, dtype=dtype)
         act, gain, *wants = rest or ("lrelu", 1.0, True, True, True)
         return supports(y, y, x, weight, act, gain, None, *wants)
@@ -293,6 +295,7 @@ def test_reasons(device: str) -> None:
     assert "1x1" in why(3, 32, k=3)
     assert "up to 4 channels" in why(5, 32)
     assert "one dtype" in why(3, 32, dtype=torch.float16)
+    assert "pixels" in why(3, 32, size=8192)
     assert "1024" in why(3, 1025)
     assert why(3, 1025, "lrelu", 1.0, False, True, True) is None
     assert why(1025, 3) is None
