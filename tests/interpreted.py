@@ -30,6 +30,13 @@ needs_interpreter = pytest.mark.skipif(
     not INTERPRETS, reason="Triton compiles in this process; TRITON_INTERPRET=1 lets it interpret"
 )
 
+WHERE = [  # what a test of a leaf runs on: `leaf_on`
+    pytest.param("cpu", marks=needs_interpreter),
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(INTERPRETS, reason="this process interprets Triton")]
+    ),
+]
+
 
 @functools.cache
 def why_not() -> str | None:
@@ -51,3 +58,8 @@ def interpreted_leaf(op: str) -> Any:
         pytest.skip(reason)
     leaf: ModuleType = importlib.import_module(f"clone_fast.kernels.{op}")
     return leaf
+
+
+def leaf_on(op: str, device: str) -> ModuleType:
+    """`clone_fast.kernels.<op>`, interpreted on a CPU."""
+    return interpreted_leaf(op) if device == "cpu" else importlib.import_module(f"clone_fast.kernels.{op}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import math
 import sys
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ import torch
 from ahead_of_time import compiled_launches, meta
 from fast import Call, complaints, cosine
 from grids import as_layout
-from interpreted import INTERPRETS, interpreted_leaf, needs_interpreter
+from interpreted import WHERE, leaf_on, needs_interpreter
 from torch import Tensor
 
 from clone_fast.ops import dispatch, factored_weights, modulated_conv2d, setup_filter
@@ -25,15 +25,8 @@ from clone_fast.reference import modulated_conv2d as spec
 SMALLEST = spec.SMALLEST_STYLE
 STEPS = ("act_backward", "factored", "factored_backward", "factor_gradients")
 needs_gpu = pytest.mark.gpu
-WHERE = [
-    pytest.param("cpu", marks=needs_interpreter),
-    pytest.param("cuda", marks=[needs_gpu, pytest.mark.skipif(INTERPRETS, reason="this process interprets Triton")]),
-]
 
-
-def leaf(device: str) -> ModuleType:
-    name = "modulated_conv2d"
-    return interpreted_leaf(name) if device == "cpu" else importlib.import_module(f"clone_fast.kernels.{name}")
+leaf = functools.partial(leaf_on, "modulated_conv2d")
 
 
 def close_sum(got: Tensor, want: Tensor, terms: Tensor, dims: list[int]) -> None:

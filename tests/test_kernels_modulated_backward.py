@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import naive
@@ -15,21 +14,13 @@ import pytest
 import torch
 from ahead_of_time import compiled_launches, meta
 from grids import as_layout, assert_close_as_dtype
-from interpreted import INTERPRETS, interpreted_leaf, needs_interpreter
+from interpreted import WHERE, leaf_on, needs_interpreter
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from clone_fast.reference.bias_act import bias_act
 
 needs_gpu = pytest.mark.gpu
-WHERE = [
-    pytest.param("cpu", marks=needs_interpreter),
-    pytest.param("cuda", marks=[needs_gpu, pytest.mark.skipif(INTERPRETS, reason="this process interprets Triton")]),
-]
-
-
-def leaf(name: str, device: str) -> ModuleType:
-    return interpreted_leaf(name) if device == "cpu" else importlib.import_module(f"clone_fast.kernels.{name}")
 
 
 @contextmanager
@@ -103,7 +94,7 @@ def in_tf32(x: Tensor) -> Tensor:
 def check_wgrad(case: tuple[int, ...], dtype: torch.dtype, layout: str, per_sample: bool, device: str) -> None:
     _, _, _, _, _, k, stride, padding = case
     a, b = (as_layout(t.cpu(), layout).to(device) for t in wgrad_inputs(case, dtype, device))
-    module = leaf("_wgrad", device)
+    module = leaf_on("_wgrad", device)
     assert module.supports_wgrad(a, b, k, stride, padding, per_sample) is None
     got = module.launch_wgrad(a, b, k, stride, padding, per_sample)
     assert got.dtype == torch.float32
@@ -127,7 +118,7 @@ def test_wgrad(case: tuple[int, ...], device: str, nan_empty: None) -> None:
 
 @pytest.mark.parametrize("device", WHERE)
 def test_nearest_tf32(device: str, nan_empty: None) -> None:
-    module = leaf("_tf32", device)
+    module = leaf_on("_tf32", device)
     x = torch.randn(3, 5, 7, 9, device=device)
     x[0, 0, 0, :5] = torch.tensor([0.0, float("inf"), float("nan"), 1 + 2**-11, -1e-30])
     for image in (x, as_layout(x, "channels_last"), x[..., 1::2], x.transpose(1, 2)):
@@ -138,7 +129,7 @@ def test_nearest_tf32(device: str, nan_empty: None) -> None:
 
 @pytest.mark.parametrize("device", WHERE)
 def test_wgrad_in_half_precision_is_rounded_once(device: str, nan_empty: None) -> None:
-    module = leaf("_wgrad", device)
+    module = leaf_on("_wgrad", device)
     cases = [(2, 8, 8, 5, 7, 3, 1, 1), (2, 16, 8, 4, 5, 3, 2, 0), (1, 16, 8, 9, 9, 1, 1, 0), (2, 5, 3, 6, 6, 3, 1, 1)]
     for case in cases:
         a, b = wgrad_inputs(case, torch.float16, device)
@@ -205,7 +196,7 @@ def test_wgrad_of_random_arguments(nan_empty: None) -> None:
 
 @needs_interpreter
 def test_wgrad_on_gpus_that_nobody_measured(monkeypatch: pytest.MonkeyPatch, nan_empty: None) -> None:
-    module = leaf("_wgrad", "cpu")
+    module = leaf_on("_wgrad", "cpu")
     monkeypatch.setattr(module, "capability", lambda device: (8, 6))
     for case in WGRADS:
         check_wgrad(case, torch.float16, "channels_last", True, "cpu")
@@ -213,7 +204,7 @@ def test_wgrad_on_gpus_that_nobody_measured(monkeypatch: pytest.MonkeyPatch, nan
 
 @pytest.mark.parametrize("device", WHERE)
 def test_wgrad_reasons(device: str) -> None:
-    module = leaf("_wgrad", device)
+    module = leaf_on("_wgrad", device)
     x = torch.zeros(1, 8, 4, 4, device=device)
     assert module.supports_wgrad(x, x, 3, 1, 1, True) is None
     assert "float64" in module.supports_wgrad(x.double(), x.double(), 3, 1, 1, True)
@@ -265,7 +256,7 @@ def check_act_backward(
     if clamp is not None:
         dy[(y64.abs() < clamp) != (rounded.float().abs() < float(torch.tensor(clamp, dtype=dtype)))] = 0
     grad = as_layout(dy.cpu(), layout).to(device)
-    module = leaf("_act_backward", device)
+    module = leaf_on("_act_backward", device)
     wants = (True, True, True)
     args = (grad, rounded, maps, None if maps is None else strength, act, gain, clamp)
     assert module.supports_act_backward(*args, *wants) is None
@@ -312,7 +303,7 @@ def test_act_backward_of_large_tensors(shape: tuple[int, ...], layout: str, nan_
 
 @pytest.mark.parametrize("device", WHERE)
 def test_act_backward_reasons(device: str) -> None:
-    supports = leaf("_act_backward", device).supports_act_backward
+    supports = leaf_on("_act_backward", device).supports_act_backward
     x = torch.zeros(1, 8, 4, 4, device=device)
     assert supports(x, x, None, None, "lrelu", 1.0, None, False, False, True) is None
     assert "'swish'" in supports(x, x, None, None, "swish", 1.0, None, False, False, True)
@@ -342,7 +333,7 @@ def test_modulate_and_its_gradient(
     case: tuple[int, ...], own: bool, demodulate: bool, device: str, nan_empty: None
 ) -> None:
     o, i, k, n = case
-    module = leaf("_modulate", device)
+    module = leaf_on("_modulate", device)
     cases = itertools.product([torch.float32, torch.float16, torch.bfloat16], ["contiguous", "channels_last"])
     for (dtype, layout), eps in itertools.product(cases, [1e-8, 1e-3]):
         weight = as_layout(torch.randn(n * o if own else o, i, k, k), layout).to(device)
@@ -369,7 +360,7 @@ def test_modulate_and_its_gradient(
 @pytest.mark.parametrize("device", WHERE)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_weight_without_styles_is_put_in_order(layout: str, device: str, nan_empty: None) -> None:
-    module = leaf("_modulate", device)
+    module = leaf_on("_modulate", device)
     for dtype in torch.float32, torch.float16:
         weight = as_layout(torch.randn(5, 24, 3, 3), layout).to(device, dtype)
         got = module.modulate(weight, None, False, 0.0, torch.float16)
@@ -384,7 +375,7 @@ def test_a_weight_without_styles_is_put_in_order(layout: str, device: str, nan_e
 
 @pytest.mark.parametrize("device", WHERE)
 def test_modulate_in_float16_neither_overflows_nor_vanishes(device: str, nan_empty: None) -> None:
-    module = leaf("_modulate", device)
+    module = leaf_on("_modulate", device)
     weight, styles = torch.randn(4, 64, 3, 3, device=device), torch.randn(2, 64, device=device)
     want = modulated(weight.double(), styles.double(), True, 1e-8, True)
     for size in 1e-4, 1e4:
@@ -397,7 +388,7 @@ def test_modulate_in_float16_neither_overflows_nor_vanishes(device: str, nan_emp
 
 @needs_gpu
 def test_modulate_of_stylegan_layers(nan_empty: None) -> None:
-    module = leaf("_modulate", "cuda")
+    module = leaf_on("_modulate", "cuda")
     for o, i, k, n in (512, 512, 3, 4), (32, 64, 3, 1), (3, 512, 1, 2), (64, 1024, 3, 1):
         weight, styles = torch.randn(o, i, k, k, device="cuda"), torch.randn(n, i, device="cuda") + 1
         exact = [t.double().requires_grad_() for t in (weight, styles)]
@@ -414,7 +405,7 @@ def test_modulate_of_stylegan_layers(nan_empty: None) -> None:
 @needs_gpu
 def test_backward_is_captured_and_deterministic() -> None:
     """A graph replays on new inputs what a plain call computes, bit for bit."""
-    wgrad, act = leaf("_wgrad", "cuda"), leaf("_act_backward", "cuda")
+    wgrad, act = leaf_on("_wgrad", "cuda"), leaf_on("_act_backward", "cuda")
     inputs = [torch.randn(2, 32, 64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     dy, y = (t.contiguous(memory_format=torch.channels_last) for t in inputs)
     noise, strength = torch.randn(64, 64, device="cuda"), torch.tensor(0.5, device="cuda")

@@ -6,6 +6,7 @@ the shapes of StyleGAN2 too, which is where the kernel with divided warps and th
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from ahead_of_time import compiled_launches, meta
 from grids import as_layout
-from interpreted import INTERPRETS, interpreted_leaf, needs_interpreter
+from interpreted import INTERPRETS, WHERE, interpreted_leaf, leaf_on, needs_interpreter
 from spec_leaf import conv_finish as spec_conv_finish
 from spec_leaf import finish as spec_finish
 from torch import Tensor
@@ -25,10 +26,6 @@ from torch import Tensor
 from clone_fast.reference.bias_act import bias_act
 from clone_fast.reference.modulated_conv2d import resampled_conv2d
 
-WHERE = [
-    pytest.param("cpu", marks=needs_interpreter),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(INTERPRETS, reason="Triton interprets here")]),
-]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Triton's interpreter multiplies bfloat16 as if its bits were an integer's.
 RUNS = [pytest.param(*where.values, dtype, marks=where.marks, id=f"{where.values[0]}-{dtype}") for where in WHERE
@@ -37,10 +34,7 @@ CONVOLUTIONS = [(1, 1, False), (1, 1, True), (2, 0, False), (2, 0, True), (2, 1,
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
-
-def leaf(device: str) -> Any:
-    name = "modulated_conv2d"
-    return interpreted_leaf(name) if device == "cpu" else importlib.import_module(f"clone_fast.kernels.{name}")
+leaf = functools.partial(leaf_on, "modulated_conv2d")
 
 
 @contextmanager

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import math
 import sys
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ import torch
 from ahead_of_time import compiled_launches, meta
 from fast import FLOATS, Call, complaints
 from grids import as_layout
-from interpreted import INTERPRETS, interpreted_leaf, needs_interpreter
+from interpreted import INTERPRETS, WHERE, leaf_on, needs_interpreter
 from torch import Tensor
 
 from clone_fast.ops import dispatch, modulated_conv2d
@@ -23,10 +23,6 @@ from clone_fast.ops.dispatch import Leaf
 from clone_fast.ops.registration import layout_of
 
 needs_gpu = pytest.mark.gpu
-WHERE = [
-    pytest.param("cpu", marks=needs_interpreter),
-    pytest.param("cuda", marks=[needs_gpu, pytest.mark.skipif(INTERPRETS, reason="this process interprets Triton")]),
-]
 EPILOGUES = [
     ("lrelu", 2**0.5, 0.9),
     ("lrelu", 0.7, None),
@@ -37,10 +33,7 @@ EPILOGUES = [
 WANTS = [wants for wants in itertools.product([True, False], repeat=3) if any(wants[:2])]
 ALL = (True, True, True)
 
-
-def leaf(device: str) -> ModuleType:
-    name = "modulated_conv2d"
-    return interpreted_leaf(name) if device == "cpu" else importlib.import_module(f"clone_fast.kernels.{name}")
+leaf = functools.partial(leaf_on, "modulated_conv2d")
 
 
 def arguments(
