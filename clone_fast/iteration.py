@@ -160,7 +160,7 @@ class Tweak:
         values: dict[str, Tensor] = {}
         terms: dict[str, Tensor] = {}
         if local:
-            clone = first(images, 1)
+            clone = _first(images, 1)
             # beside the loss, which does not need it
             values["psnr"] = aside(clone.device, "measure", partial(quick_psnr, clone, self.photo), reads=[clone])
             terms["recon"] = s.reconstruction_weight * self.reconstruction(clone)
@@ -200,7 +200,7 @@ class Tweak:
         drawn = _synthesise(self.generator, own, rest, moved, self.maps, s)
         if local and c is not None and self.label is not None:
             c = torch.cat([self.label, c])
-        return Drawn(first(drawn, local + others), before, c, drawn[local + others :], wanted)
+        return Drawn(_first(drawn, local + others), before, c, drawn[local + others :], wanted)
 
 
 class Drawn(NamedTuple):
@@ -221,7 +221,7 @@ class Drawn(NamedTuple):
     wanted: Tensor
 
 
-def first(images: Tensor, count: int) -> Tensor:
+def _first(images: Tensor, count: int) -> Tensor:
     """The first so many; all of them as they are, since the gradient of a part is a pass over the whole."""
     return images if count == len(images) else images[:count]
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clone_fast.ops.dispatch import has_step, is_whole, launch_step
+from clone_fast.ops.dispatch import is_whole, launch_step, step_if_any
 from clone_fast.ops.registration import Recorded, like
 from clone_fast.ops.streams import left_beside
 from clone_fast.ops.upfirdn2d import adjoint
@@ -53,8 +53,9 @@ def convolution_gradients(
     want_dx, want_dw, *want_sums = wanted
     if (weight.shape[-1], up, down) == (1, 1, 1) and not any(want_sums[:2]):
         pointwise = (dy, y, x, weight, act, gain, clamp, want_dx, want_dw, want_sums[2])
-        if has_step("modulated_conv2d", "pointwise_backward", backend, *pointwise):
-            dx, dw, dbias = launch_step("modulated_conv2d", "pointwise_backward", backend, *pointwise)
+        found = step_if_any("modulated_conv2d", "pointwise_backward", backend, *pointwise)
+        if found is not None:
+            dx, dw, dbias = found
             return [dx, dw, None, None, dbias]
 
     def step(name: str, *args: Any) -> Any:
@@ -67,7 +68,7 @@ def convolution_gradients(
     dx = dw = None
     if up == 1 and down == 1:
         k = weight.shape[-1]
-        dw, dx = _beside(
+        dw, dx = _both(
             weight,
             [x, g],
             (lambda: step("wgrad", x, g, k, 1, k // 2, weight.ndim == 5, weight.dtype)) if want_dw else None,
@@ -114,7 +115,7 @@ def factor_gradients(
     g, *sums, dots = launch_step("modulated_conv2d", "act_backward", backend, dy, y, *activation, bias, d is not None)
     dx = convolution_gradients(backend, g, g, x, weight, *bare)[0]
 
-    def of_factors() -> tuple[Tensor, Tensor | None]:
+    def of_factors() -> tuple[Tensor, Tensor | None]:  # in the memory order of s and d, as `_both` says
         ds, dd = launch_step("modulated_conv2d", "factor_gradients", backend, x, dx, s, dots, d)
         return like(ds, s), None if d is None else like(dd, d)
 
@@ -123,12 +124,13 @@ def factor_gradients(
     return [dx, ds, dd, *sums]
 
 
-def _beside(
+def _both(
     weight: Tensor, reads: list[Tensor], dw: Callable[[], Tensor] | None, dx: Callable[[], Tensor | None]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both gradients of a convolution, that to the weight, in its memory order, of these images; None: not wanted."""
+    """Both gradients of a convolution, side by side; dw reads these images, and is None where it is not wanted."""
     if dw is None:
         return None, dx()
+    # in the weight's memory order: a copy later on, for which nothing waits, would be made on another stream
     return left_beside(weight.device, "wgrad", weight, lambda: like(dw(), weight), dx, reads)
 
 
@@ -143,7 +145,7 @@ def _up_gradients(
     k = weight.shape[-1]
     size = [2 * (n - 1) + k for n in x.shape[2:]]  # of the transposed convolution
     h = _fir(backend, g, f, *adjoint(size, g.shape[2:], f, ONE, ONE, upsampling_padding(f, k)), True, 4.0)
-    dw, dx = _beside(
+    dw, dx = _both(
         weight,
         [h, x],
         (lambda: step("wgrad", h, x, k, 2, 0, weight.ndim == 5, weight.dtype).transpose(-3, -4)) if want_dw else None,
@@ -174,7 +176,7 @@ def _down_gradients(
         dw: Tensor = step("wgrad", filtered, g, k, stride, 0, weight.ndim == 5, weight.dtype)
         return dw
 
-    dw, dx = _beside(
+    dw, dx = _both(
         weight,
         [x, g],
         weight_gradient if want_dw else None,

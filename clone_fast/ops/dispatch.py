@@ -238,9 +238,10 @@ def launch_step(op: str, step: str, backend: str, *args: Any) -> Any:
     return found.launch(step, *args)
 
 
-def has_step(op: str, step: str, backend: str, *args: Any) -> bool:
-    """Whether a leaf of this installation runs a step with these arguments."""
-    return not isinstance(_step_leaf(op, step, backend, args), str)
+def step_if_any(op: str, step: str, backend: str, *args: Any) -> Any:
+    """`launch_step`, but None where no leaf of this installation can."""
+    found = _step_leaf(op, step, backend, args)
+    return None if isinstance(found, str) else found.launch(step, *args)
 
 
 def is_whole(op: str, backend: str, *args: Any) -> bool:

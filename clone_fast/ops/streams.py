@@ -28,9 +28,9 @@ _lanes: dict[tuple[torch.device, int, str], torch.cuda.Stream] = {}
 _kept: dict[torch.cuda.Stream, list[Tensor]] = {}  # what a lane reads in the capture that is under way
 
 
-def _beside(device: torch.device, stream: int, lane: str) -> torch.cuda.Stream:
-    """A stream beside this one, the same every time; one lane does not wait for another."""
-    key = device, stream, lane
+def _lane(device: torch.device, name: str) -> torch.cuda.Stream:
+    """A stream beside the current one, the same every time; one lane does not wait for another."""
+    key = device, torch.cuda.current_stream(device).cuda_stream, name
     if key not in _lanes:
         _lanes[key] = torch.cuda.Stream(device)
     return _lanes[key]
@@ -45,14 +45,21 @@ def _capturing(device: torch.device) -> bool:
     return False
 
 
-def _begun(other: torch.cuda.Stream, after: torch.cuda.Event | torch.cuda.Stream, reads: Iterable[Tensor]) -> None:
-    """What comes on this lane waits for an event, or for all that a stream has, and may read these."""
+def _launched(
+    lane: torch.cuda.Stream,
+    after: torch.cuda.Event | torch.cuda.Stream,
+    reads: Iterable[Tensor],
+    run: Callable[[], First],
+) -> First:
+    """What `run` returns on a lane, which waits for an event, or for all that a stream has, and may read these."""
     if isinstance(after, torch.cuda.Event):
-        other.wait_event(after)
+        lane.wait_event(after)
     else:
-        other.wait_stream(after)
+        lane.wait_stream(after)
     for tensor in reads:
-        tensor.record_stream(other)
+        tensor.record_stream(lane)
+    with torch.cuda.stream(lane):
+        return run()
 
 
 def ready(tensors: Iterable[Tensor]) -> None:
@@ -89,11 +96,8 @@ def beside(
     """
     if not _capturing(device):
         return run(), meanwhile()
-    current = torch.cuda.current_stream(device)
-    other = _beside(device, current.cuda_stream, lane)
-    _begun(other, current, reads)
-    with torch.cuda.stream(other):
-        one = run()
+    current, other = torch.cuda.current_stream(device), _lane(device, lane)
+    one = _launched(other, current, reads, run)
     two = meanwhile()
     current.wait_stream(other)
     return one, two
@@ -107,15 +111,12 @@ def made_beside(device: torch.device, lane: str, run: Callable[[], Made], reads:
     """
     if not _capturing(device):
         return run()
-    current = torch.cuda.current_stream(device)
-    other = _beside(device, current.cuda_stream, lane)
+    current, other = torch.cuda.current_stream(device), _lane(device, lane)
     events = [tensor.ready for tensor in reads if hasattr(tensor, "ready")]
     # a weight that is no parameter may have been computed since
     known = all(hasattr(tensor, "ready") or isinstance(tensor, torch.nn.Parameter) for tensor in reads)
     after = events[0] if events and known else current
-    _begun(other, after, reads)
-    with torch.cuda.stream(other):
-        made = run()
+    made = _launched(other, after, reads, run)
     current.wait_stream(other)
     for tensor in (made,) if isinstance(made, Tensor) else made:
         tensor.lane = other  # type: ignore[attr-defined]
@@ -144,12 +145,9 @@ def left_beside(
     if other is None or not _capturing(device) or any(tensor.nbytes > SMALL for tensor in reads):
         return beside(device, lane, run, meanwhile)
     ended()
-    _begun(other, torch.cuda.current_stream(device), reads)
     # Held by us, too: what none but autograd holds it may add to in place, while the lane still reads it.
     _kept.setdefault(other, []).extend(reads)
-    with torch.cuda.stream(other):
-        one = run()
-    return one, meanwhile()
+    return _launched(other, torch.cuda.current_stream(device), reads, run), meanwhile()
 
 
 def aside(device: torch.device, lane: str, run: Callable[[], Tensor], reads: Sequence[Tensor]) -> Tensor:
@@ -160,23 +158,18 @@ def aside(device: torch.device, lane: str, run: Callable[[], Tensor], reads: Seq
     """
     if not _capturing(device):
         return run()
-    current = torch.cuda.current_stream(device)
-    other = _beside(device, current.cuda_stream, lane)
     if any(tensor.nbytes > SMALL for tensor in reads):
         joined(device, lane)
         return run()
-    _begun(other, current, reads)
-    with torch.cuda.stream(other):
-        return run()
+    return _launched(_lane(device, lane), torch.cuda.current_stream(device), reads, run)
 
 
 def joined(device: torch.device, lane: str) -> None:
     """The current stream waits for what went `aside` on this lane."""
     if _capturing(device):
-        current = torch.cuda.current_stream(device)
-        other = _beside(device, current.cuda_stream, lane)
+        other = _lane(device, lane)
         if _takes_part(other):
-            current.wait_stream(other)
+            torch.cuda.current_stream(device).wait_stream(other)
 
 
 def _takes_part(lane: torch.cuda.Stream) -> bool:
