@@ -158,8 +158,6 @@ def _conv(layer: Conv2dLayer, x: Tensor, plan: Plan, gain: float = 1.0) -> Tenso
     k = weight.shape[-1]
     if layer.down == 1:
         y = F.conv2d(x.to(plan.dtype), weight.to(plan.dtype), padding=k // 2)
-    elif k == 1:
-        y = F.conv2d(fir(x, 1, down=2), weight.to(plan.dtype))  # decimated inside the filter
     else:
         y = F.conv2d(fir(x, 2), weight.to(plan.dtype), stride=2)
     if layer.bias is not None:
@@ -180,7 +178,7 @@ def logits(net: Discriminator, img: Tensor, group: int, plan: Plan) -> Tensor:
         block = net.get_submodule(f"b{resolution}")
         if hasattr(block, "fromrgb"):
             x = _conv(block.fromrgb, x, plan)  # type: ignore[arg-type]
-        skip = _conv(block.skip, x, plan, 0.5**0.5)  # type: ignore[arg-type]
+        skip = _conv(block.skip, fir(x, 1, down=2), plan, 0.5**0.5)  # type: ignore[arg-type]
         x = skip + _conv(block.conv1, _conv(block.conv0, x, plan), plan, 0.5**0.5)  # type: ignore[arg-type]
     last = net.b4
     if last.num_channels > 0:

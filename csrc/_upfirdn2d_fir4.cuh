@@ -141,7 +141,7 @@ struct Down {
 };
 
 // Up 2: a pair of output rows between two input rows. The upper sees taps 1 and 3, the lower 0 and 2; columns likewise,
-// unless their phase is even.
+// unless their phase is even. Windows that finish (_upfirdn2d_add.cu) add to such a pair what they loaded before.
 template <class Windows>
 struct Up {
     static constexpr int kOut = Windows::kOut, kValues = Windows::kValues;
@@ -152,6 +152,7 @@ struct Up {
 
     template <int r>
     __device__ __forceinline__ void row(Windows& at, const Dense& f, int first) {
+        if constexpr (Windows::kFinishes) at.load_pair(2 * (first + r) - kLead);
         at.template row_into<r>(windows[r % 2]);
         const auto &above = windows[1 - r % 2], &below = windows[r % 2];
 #pragma unroll
@@ -169,6 +170,7 @@ struct Up {
                     values[p][q] = fmaf(f.tap[ky + 2][kx + 2], below[i + 1][q], sum);
                 }
             }
+            if constexpr (Windows::kFinishes) at.add(lower, values);
             at.store(2 * (first + r) + lower - kLead, values);
         }
     }

@@ -185,6 +185,14 @@ PYBIND11_MODULE(_C, module) {
         },
         unlocked);
     module.def(
+        "upfirdn2d_add",
+        [](const Upfirdn2d& op, int x_dtype, Address x, Address f, int other_dtype, Address other, Address y,
+           Address stream) {
+            upfirdn2d_add(Dtype{x_dtype}, pointer(x), pointer<float>(f), Dtype{other_dtype}, pointer(other), pointer(y),
+                          op, stream_of(stream));
+        },
+        unlocked);
+    module.def(
         "upfirdn2d_finish",
         [](const Upfirdn2d& op, int dtype, Address x, Address f, Address y, Address noise, std::int64_t noise_stride,
            Address strength, Address bias, float gain, float slope, float clamp, Address stream) {

@@ -2,8 +2,9 @@
 
 With y = clamp(gain * act(z)) and z = conv + strength * noise + bias, it turns dy into g = dz and adds g up: over the
 pixels for the bias, over the channels for the noise, over both for the noise's strength. The mask is read off y. Each
-program writes sums of its own; a second, small kernel adds these, always in the same order. Where asked it adds up g
-conv, too, over the pixels of each sample, and leaves it at its programs' sums: `_factors` adds those.
+program writes sums of its own; a second, small kernel adds these, always in the same order, and is launched by itself:
+nothing but an optimiser waits for it. Where asked it adds up g conv, too, over the pixels of each sample: `_factors`
+adds those programs' sums.
 """
 
 from __future__ import annotations
@@ -253,7 +254,7 @@ def launch_act_backward(
     bias: Tensor | None = None,
     want_dots: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(g, dnoise, dstrength, dbias, dots); what is not wanted is None.
+    """g, the programs' sums for the noise, its strength and the bias, and the dots; what is not wanted is None.
 
     Args:
         dy, y: [N, C, H, W], the gradient of the result and the result, in any layout; the fastest is y's for both.
@@ -262,9 +263,10 @@ def launch_act_backward(
         bias: [C], what z contains of it; for the dots alone.
 
     Returns:
-        g in dy's dtype and y's layout: dy itself where its factor is 1 everywhere. dnoise in noise's shape and dtype,
-        dstrength [] and dbias [C] in y's dtype: float32 sums of g before it is rounded, rounded once.
-        dots [N, any, C] in float32, which added up over the middle are the sums of g conv over the pixels.
+        g in dy's dtype and y's layout: dy itself where its factor is 1 everywhere. The sums [any times the noise's
+        elements], [any] and [any, C] in float32, of g before it is rounded: what `launch_act_sums` adds; the gradient
+        of the noise itself, where there is nothing to add. dots [N, any, C] in float32, which added up over the middle
+        are the sums of g conv over the pixels.
     """
     n, channels, height, width = y.shape
     pixels = height * width
@@ -292,14 +294,13 @@ def launch_act_backward(
     def sums(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=y.device)
 
-    dbias = y.new_empty([channels]) if want_bias else None
-    dstrength = y.new_empty([]) if want_strength else None
-    dnoise = torch.empty(noise.shape, dtype=noise.dtype, device=y.device) if want_noise and noise is not None else None
     samples = 1 if noise is None else noise.numel() // pixels
     direct = samples == n and blocks == 1
     bias_sums = sums(shares, channels) if want_bias else None
     strength_sums = sums(blocks * shares) if want_strength else None
-    noise_sums = (dnoise if direct else sums(blocks, n, pixels)) if want_noise else None
+    noise_sums = None
+    if want_noise and noise is not None:
+        noise_sums = noise.new_empty(noise.shape) if direct else sums(blocks * n * pixels)
     dots = sums(n, shares // n, channels) if want_dots else None
     exact = None if clamp is None else rounded(clamp, y.dtype)
     _act_backward_kernel[(shares, blocks)](
@@ -336,33 +337,57 @@ def launch_act_backward(
         BP=bp,
         num_warps=WARPS,
     )
-    of_noise = want_noise and not direct
-    of_bias = channels if want_bias else 0
-    programs = triton.cdiv(of_bias, COLUMNS) + want_strength + (triton.cdiv(samples * pixels, ADDED) if of_noise else 0)
+    return g, noise_sums, strength_sums, bias_sums, dots
+
+
+def launch_act_sums(
+    noise_sums: Tensor | None,
+    strength_sums: Tensor | None,
+    bias_sums: Tensor | None,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dnoise, dstrength, dbias) of the sums that `launch_act_backward` left; None for those that it did not.
+
+    Returns:
+        dnoise in noise's shape and dtype, dstrength [] and dbias [C] in the dtype given, rounded once.
+    """
+    some = next((sums for sums in (noise_sums, strength_sums, bias_sums) if sums is not None), None)
+    if some is None:
+        return None, None, None
+    shares, channels = (0, 0) if bias_sums is None else bias_sums.shape
+    dbias = None if bias_sums is None else some.new_empty([channels], dtype=dtype)
+    dstrength = None if strength_sums is None else some.new_empty([], dtype=dtype)
+    dnoise, parts, size = noise_sums, 0, 0
+    if noise is not None and noise_sums is not None and noise_sums.ndim == 1:
+        dnoise, size = some.new_empty(noise.shape, dtype=noise.dtype), noise.numel()
+        parts = noise_sums.numel() // size
+    programs = triton.cdiv(channels, COLUMNS) + (strength_sums is not None) + triton.cdiv(size, ADDED)
     if programs:
         _add_sums[(programs,)](
             bias_sums,
             dbias,
             strength_sums,
             dstrength,
-            noise_sums if of_noise else None,
-            dnoise if of_noise else None,
+            noise_sums if parts else None,
+            dnoise if parts else None,
             noise_strength,
-            of_bias,
+            channels,
             shares,
-            blocks * shares,
-            blocks * n // samples,
-            samples * pixels,
+            0 if strength_sums is None else strength_sums.numel(),
+            parts,
+            size,
             SCALED=noise_strength is not None,
-            WANT_STRENGTH=want_strength,
-            ADD_NOISE=of_noise,
-            WANT_BIAS=want_bias,
+            WANT_STRENGTH=strength_sums is not None,
+            ADD_NOISE=parts > 0,
+            WANT_BIAS=bias_sums is not None,
             BLOCK=ADDED,
-            BR=min(triton.next_power_of_2(shares), ROWS),
+            BR=min(triton.next_power_of_2(max(1, shares)), ROWS),
             BC=COLUMNS,
             num_warps=WARPS,
         )
-    return g, dnoise, dstrength, dbias, dots
+    return dnoise, dstrength, dbias
 
 
 @functools.cache

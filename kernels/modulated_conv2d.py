@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clone_fast.kernels._act_backward import launch_act_backward, supports_act_backward
+from clone_fast.kernels._act_backward import launch_act_backward, launch_act_sums, supports_act_backward
 from clone_fast.kernels._conv import Geometry, convolve
 from clone_fast.kernels._conv_memory import on_16_bytes
 from clone_fast.kernels._conv_tuning import divides_warps
@@ -26,6 +26,7 @@ from clone_fast.kernels._wgrad import launch_wgrad, supports_wgrad
 __all__ = [
     "launch",
     "launch_act_backward",
+    "launch_act_sums",
     "launch_conv",
     "launch_conv_finish",
     "launch_factor_gradients",

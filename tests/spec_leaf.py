@@ -59,6 +59,10 @@ def _upfirdn2d(x: Tensor, f: Tensor, up: Any, down: Any, padding: Any, flip_filt
     return upfirdn2d.upfirdn2d(x, f, up=up, down=down, padding=padding, flip_filter=flip_filter, gain=gain)
 
 
+def _upfirdn2d_add(x: Tensor, other: Tensor, f: Tensor, *options: Any) -> Tensor:
+    return as_result(_upfirdn2d(x, f, *options) + other, x)
+
+
 def _loss(x: Tensor, y: Tensor, levels: int, weights: Sequence[float], charbonnier: float | None) -> Tensor:
     return laplacian_pyramid.laplacian_pyramid_loss(x, y, levels=levels, weights=weights, charbonnier=charbonnier)
 
@@ -180,30 +184,43 @@ def act_backward(
     if clamp is not None:
         slope = torch.where(y.abs() < torch.tensor(clamp, dtype=y.dtype, device=y.device), slope, 0)
     g = dy * slope
-    strength = 1 if noise_strength is None else noise_strength
-    dnoise = dstrength = None
-    if want_noise and noise is not None:
-        dnoise = (g.sum(1, keepdim=True) * strength).sum_to_size([1] * (4 - noise.ndim) + list(noise.shape))
-        dnoise = dnoise.reshape(noise.shape)
-    if want_strength:
-        dstrength = g.new_zeros([]) if noise is None else (g * noise).sum()
+    noise_sums = g.sum(1).flatten() if want_noise and noise is not None else None
+    strength_sums = (g * noise).flatten(1).sum(1) if want_strength and noise is not None else None
     dots = None
     if want_dots:
         z = torch.where(slope == 0, 0, y / slope)
-        z = z if noise is None else z - noise * strength
+        z = z if noise is None else z - noise * (1 if noise_strength is None else noise_strength)
         dots = (g * (z if bias is None else z - bias[:, None, None])).sum([2, 3])[:, None]
-    return g, dnoise, dstrength, g.sum([0, 2, 3]) if want_bias else None, dots
+    return g, noise_sums, strength_sums, g.sum([2, 3]) if want_bias else None, dots
+
+
+def act_sums(
+    noise_sums: Tensor | None,
+    strength_sums: Tensor | None,
+    bias_sums: Tensor | None,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dnoise = None
+    if noise_sums is not None and noise is not None:
+        dnoise = noise_sums.view(-1, noise.numel()).sum(0).view(noise.shape)
+        dnoise = (dnoise if noise_strength is None else dnoise * noise_strength).to(noise.dtype)
+    dstrength = None if strength_sums is None else strength_sums.sum().to(dtype)
+    return dnoise, dstrength, None if bias_sums is None else bias_sums.sum(0).to(dtype)
 
 
 def pointwise_backward(
     dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, act: str, gain: float, clamp: float | None, want_dx: bool,
     want_dw: bool, want_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    g, _, _, dbias, _ = act_backward(dy, y, None, None, act, gain, clamp, False, False, want_bias)
+    g, _, _, sums, _ = act_backward(dy, y, None, None, act, gain, clamp, False, False, want_bias)
     w = (weight if weight.ndim == 5 else weight.expand(len(x), *weight.shape)).flatten(2)
     dw = torch.einsum("nohw,nihw->noi", g, x).reshape(-1, *weight.shape[-4:])
     dx = torch.einsum("noi,nohw->nihw", w, g)
-    return dx if want_dx else None, (dw if weight.ndim == 5 else dw.sum(0)) if want_dw else None, dbias
+    return dx if want_dx else None, (dw if weight.ndim == 5 else dw.sum(0)) if want_dw else None, (
+        None if sums is None else sums.sum(0)
+    )
 
 
 def modulate(weight: Tensor, styles: Tensor | None, demodulate: bool, eps: float, dtype: torch.dtype) -> Tensor:
@@ -243,7 +260,7 @@ def factor_gradients(
 
 SPEC: dict[str, dict[str, Callable[..., Any]]] = {
     "bias_act": {"launch": _bias_act, "launch_backward": bias_act_backward, "launch_second": bias_act_second},
-    "upfirdn2d": {"launch": _upfirdn2d},
+    "upfirdn2d": {"launch": _upfirdn2d, "launch_add": _upfirdn2d_add},
     "laplacian_pyramid": {
         "launch": _loss,
         "launch_keep": laplacian_keep,
@@ -256,6 +273,7 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
         "launch_finish": finish,
         "launch_wgrad": wgrad,
         "launch_act_backward": act_backward,
+        "launch_act_sums": act_sums,
         "launch_pointwise_backward": pointwise_backward,
         "launch_modulate": modulate,
         "launch_modulate_backward": modulate_backward,

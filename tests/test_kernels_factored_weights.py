@@ -92,12 +92,15 @@ def check_dots(
     bias = None if noise == "each" else torch.randn(channels).to(device, dtype)
     args, wants = (dy, y, maps, strength, act, gain, clamp), (noise is not None, strength is not None, True)
     module = leaf(device)
-    g, *sums, dots = module.launch_act_backward(*args, *wants, bias, True)
-    alone, *others = module.launch_act_backward(*args, *wants)
+    g, *parts, dots = module.launch_act_backward(*args, *wants, bias, True)
+    alone, *other_parts, _ = module.launch_act_backward(*args, *wants)
     assert torch.equal(g, alone)
     doubles = [value.double() if isinstance(value, Tensor) else value for value in args]
     positive = [value.abs() if isinstance(value, Tensor) and i != 1 else value for i, value in enumerate(doubles)]
-    for got, same, size in zip(sums, others, spec_leaf.act_backward(*positive, *wants)[1:], strict=False):
+    sums, others = (module.launch_act_sums(*some, maps, strength, dtype) for some in (parts, other_parts))
+    sizes = spec_leaf.act_backward(*positive, *wants)[1:4]
+    sizes = spec_leaf.act_sums(*sizes, positive[2], positive[3], torch.float64)
+    for got, same, size in zip(sums, others, sizes, strict=True):
         assert (got is None) == (same is None)
         if got is not None:  # by other blocks, so in another order
             roundings = 2 * (4 + math.log2(y.numel())) * torch.finfo(torch.float32).eps * size

@@ -228,6 +228,13 @@ NOISES: dict[str, Callable[[int, int, int], list[int]]] = {
 ACTS = [(2, 5, 4, 7), (1, 32, 8, 8), (3, 40, 3, 3), (1, 1, 1, 1), (2, 70, 1, 2)]
 
 
+def both_passes(module: Any, *args: Any) -> tuple[Tensor | None, ...]:
+    """g, dnoise, dstrength and dbias."""
+    _, y, noise, strength, *_ = args
+    g, *parts, _ = module.launch_act_backward(*args)
+    return g, *module.launch_act_sums(*parts, noise, strength, y.dtype)
+
+
 def check_act_backward(
     shape: tuple[int, ...], dtype: torch.dtype, layout: str, epilogue: tuple[Any, ...], noise: str | None, device: str
 ) -> None:
@@ -260,7 +267,7 @@ def check_act_backward(
     wants = (True, True, True)
     args = (grad, rounded, maps, None if maps is None else strength, act, gain, clamp)
     assert module.supports_act_backward(*args, *wants) is None
-    g, dnoise, dstrength, dbias, _ = module.launch_act_backward(*args, *wants)
+    g, dnoise, dstrength, dbias = both_passes(module, *args, *wants)
     want = torch.autograd.grad(y64, leaves64, dy.double(), allow_unused=True)
     plain = torch.autograd.grad(y, leaves, dy.float(), allow_unused=True)
     assert g.dtype == dtype
@@ -274,9 +281,9 @@ def check_act_backward(
     assert dnoise.dtype == dtype
     close_sum(dnoise, want[3], channels * n)
     for wanted in (True, False, False), (False, True, False), (False, False, True), (False, False, False):
-        some = module.launch_act_backward(*args, *wanted)
+        some = both_passes(module, *args, *wanted)
         assert torch.equal(some[0], g)
-        for got, whole, asked in zip(some[1:4], (dnoise, dstrength, dbias), wanted, strict=True):
+        for got, whole, asked in zip(some[1:], (dnoise, dstrength, dbias), wanted, strict=True):
             assert (got is not None) == asked
             if asked:
                 torch.testing.assert_close(got, whole)
@@ -411,8 +418,8 @@ def test_backward_is_captured_and_deterministic() -> None:
     noise, strength = torch.randn(64, 64, device="cuda"), torch.tensor(0.5, device="cuda")
 
     def step() -> list[Tensor]:
-        found = act.launch_act_backward(dy, y, noise, strength, "lrelu", 2**0.5, 1.0, True, True, True)
-        return [*found[:4], wgrad.launch_wgrad(y, found[0], 3, 1, 1, True)]
+        found = both_passes(act, dy, y, noise, strength, "lrelu", 2**0.5, 1.0, True, True, True)
+        return [*found, wgrad.launch_wgrad(y, found[0], 3, 1, 1, True)]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -452,7 +459,7 @@ def every_launch() -> None:
                 if wgrad.wgrad_route(a, b, k, stride, padding, True) != "cudnn":
                     wgrad.launch_wgrad(a, b, k, stride, padding, True)
             y = image(channels, size, dtype)
-            act.launch_act_backward(y, y, meta(size, size), meta(), "lrelu", 2**0.5, 256.0, True, True, True)
+            both_passes(act, y, y, meta(size, size), meta(), "lrelu", 2**0.5, 256.0, True, True, True)
     for o, i, k in (512, 512, 3), (32, 64, 3), (3, 512, 1):
         weight, styles = meta(o, i, k, k), meta(2, i)
         w = modulate.modulate(weight, styles, k == 3, 1e-8, torch.float16)

@@ -30,7 +30,7 @@ def test_without_a_capture_everything_is_as_if_there_were_no_lanes() -> None:
     made = made_beside(cpu, "lane", lambda: x * 2, [x])
     assert not hasattr(x, "ready")
     assert not hasattr(made, "lane")
-    assert left_beside(cpu, "lane", made, lambda: 1, lambda: 2, [x]) == (1, 2)
+    assert left_beside(cpu, "lane", [made], lambda: 1, lambda: 2, [x]) == (1, 2)
     assert aside(cpu, "lane", lambda: x * 3, [x]).tolist() == [3, 3, 3]
     joined(cpu, "lane")
 
@@ -63,7 +63,7 @@ class Late(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
         made, x = ctx.saved_tensors
         g = grads[0] + 0  # which nothing keeps but those who work on it
-        of_made, of_x = left_beside(x.device, "other", made, lambda: slowly(x, 1) * g, lambda: made * g, [x, g])
+        of_made, of_x = left_beside(x.device, "other", [made], lambda: slowly(x, 1) * g, lambda: made * g, [x, g])
         return of_made, of_x
 
 
@@ -115,7 +115,7 @@ class Read(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
         (made,) = ctx.saved_tensors
         dx = grads[0] * made
-        of_made, _ = left_beside(dx.device, "other", made, partial(slowly, dx, 1), lambda: None, [dx])
+        of_made, _ = left_beside(dx.device, "other", [made], partial(slowly, dx, 1), lambda: None, [dx])
         return of_made, dx
 
 

@@ -32,6 +32,44 @@ def launch(
     return _launch(y, layout, columns, [1, up_y], [1, down_y], [0, 0, y0, y1], flip_filter, 1.0, x.dtype)
 
 
+def supports_add(
+    x: Tensor,
+    other: Tensor,
+    f: Tensor,
+    up: list[int],
+    down: list[int],
+    padding: list[int],
+    flip_filter: bool,
+    gain: float,
+) -> str | None:
+    """None where `launch_add` can run, else the reason why not."""
+    if (tuple(f.shape), up, down) not in [((4,), [2, 2], [1, 1]), ((4, 4), [2, 2], [1, 1])]:
+        return f"a 4x4 filter to twice the size adds, not f {list(f.shape)} with up {up} and down {down}"
+    if other.dtype != x.dtype and x.dtype != torch.float32:
+        return f"adds {x.dtype} to {x.dtype}, not {other.dtype}"
+    return dtype_reason(x) or dtype_reason(other)
+
+
+def launch_add(
+    x: Tensor,
+    other: Tensor,
+    f: Tensor,
+    up: list[int],
+    down: list[int],
+    padding: list[int],
+    flip_filter: bool,
+    gain: float,
+) -> Tensor:
+    """`launch`, plus other, of the size of its result: summed in float32, rounded once to x's dtype."""
+    layout = layout_of(x)
+    x, other, f = x.contiguous(memory_format=layout), other.contiguous(memory_format=layout), f.contiguous()
+    y = torch.empty(other.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    op = _call(x, y, layout, f, up, down, padding, flip_filter, gain)
+    numbers = DTYPES[x.dtype], DTYPES[other.dtype]
+    _C.upfirdn2d_add(op, numbers[0], pointer(x), pointer(f), numbers[1], pointer(other), pointer(y), stream(x))
+    return y
+
+
 def _launch(
     x: Tensor,
     layout: torch.memory_format,
@@ -48,17 +86,32 @@ def _launch(
     (fh, fw), (x0, x1, y0, y1) = (f.shape[0], f.shape[-1]), padding
     oh, ow = (h * up[1] + y0 + y1 - fh + down[1]) // down[1], (w * up[0] + x0 + x1 - fw + down[0]) // down[0]
     y = torch.empty([n, c, oh, ow], dtype=dtype, device=x.device, memory_format=layout)
-    op = _C.Upfirdn2d(
-        shape=(n, c, h, w),
-        size=(oh, ow),
+    op = _call(x, y, layout, f, up, down, padding, flip, gain)
+    _C.upfirdn2d(op, DTYPES[x.dtype], pointer(x), pointer(f), DTYPES[dtype], pointer(y), stream(x))
+    return y
+
+
+def _call(
+    x: Tensor,
+    y: Tensor,
+    layout: torch.memory_format,
+    f: Tensor,
+    up: list[int],
+    down: list[int],
+    padding: list[int],
+    flip: bool,
+    gain: float,
+) -> _C.Upfirdn2d:
+    """All but the pointers."""
+    return _C.Upfirdn2d(
+        shape=tuple(x.shape),
+        size=tuple(y.shape[2:]),
         channels_last=layout == torch.channels_last,
-        filter=(fh, fw),
+        filter=(f.shape[0], f.shape[-1]),
         separable=f.ndim == 1,
         up=up,
         down=down,
-        pad=(x0, y0),
+        pad=(padding[0], padding[2]),
         flip=flip,
         gain=gain,
     )
-    _C.upfirdn2d(op, DTYPES[x.dtype], pointer(x), pointer(f), DTYPES[dtype], pointer(y), stream(x))
-    return y

@@ -12,7 +12,7 @@ from clone_fast.nn.architecture import RESAMPLE_TAPS, Architecture
 from clone_fast.nn.generator import MappingNetwork
 from clone_fast.nn.layers import Conv2dLayer, FullyConnectedLayer, at_least_float32, fast_layout, in_one_go, run
 from clone_fast.nn.tables import bias_table
-from clone_fast.ops import setup_filter
+from clone_fast.ops import downsampled_branch, setup_filter
 
 
 class DiscriminatorBlock(nn.Module):
@@ -29,16 +29,17 @@ class DiscriminatorBlock(nn.Module):
             self.fromrgb = Conv2dLayer(arch.img_channels, channels, 1, activation="lrelu", conv_clamp=clamp)
         self.conv0 = Conv2dLayer(channels, channels, 3, activation="lrelu", conv_clamp=clamp)
         self.conv1 = Conv2dLayer(channels, below, 3, activation="lrelu", down=2, conv_clamp=clamp)
-        self.skip = Conv2dLayer(channels, below, 1, bias=False, down=2)
+        self.skip = Conv2dLayer(channels, below, 1, bias=False)  # of the image at half the resolution
 
     def forward(self, x: Tensor, biases: Mapping[str, Tensor] | None = None) -> Tensor:
         """biases: of fromrgb, conv0 and conv1 as these take them, by name; None: made there."""
         biases = biases or {}
         if hasattr(self, "fromrgb"):
             x = self.fromrgb(x, bias=biases.get("fromrgb"))
+        x, shrunk = downsampled_branch(x, self.resample_filter.float())
         # each branch at sqrt(1/2), so that the sum keeps the variance
         y = self.conv1(self.conv0(x, bias=biases.get("conv0")), gain=0.5**0.5, bias=biases.get("conv1"))
-        return self.skip(x, gain=0.5**0.5) + y
+        return self.skip(shrunk, gain=0.5**0.5) + y
 
 
 def minibatch_stddev(x: Tensor, group_size: int | None, num_channels: int) -> Tensor:

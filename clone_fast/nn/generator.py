@@ -6,7 +6,7 @@ networks, so that their weights draw the same image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,9 +25,9 @@ from clone_fast.nn.layers import (
     run,
 )
 from clone_fast.nn.tables import style_table
-from clone_fast.ops import modulated_conv2d, setup_filter, upsample2d
+from clone_fast.ops import modulated_conv2d, setup_filter, upsample2d_add
 from clone_fast.ops.bias_act import ACTIVATIONS
-from clone_fast.ops.streams import aside, joined, ready
+from clone_fast.ops.streams import aside, at_home, beside, joined, ready
 
 NOISE_MODES = ("const", "random", "none")
 
@@ -218,7 +218,7 @@ class SynthesisBlock(nn.Module):
         rgb: Tensor = self.torgb(x, given["torgb"])
         if img is None:
             return rgb.to(at_least_float32(rgb.dtype))
-        return upsample2d(img, self.resample_filter.float()) + rgb  # in float32: the sum promotes
+        return upsample2d_add(img, self.resample_filter.float(), rgb)  # in img's float32
 
 
 class SynthesisNetwork(nn.Module):
@@ -271,12 +271,18 @@ class SynthesisNetwork(nn.Module):
         self, ws: Tensor, noise: Mapping[str, Tensor], dtype: torch.dtype, recompute: bool
     ) -> dict[str, dict[str, Prepared]]:
         """What the layers take, by block and layer."""
-        layers, styles = dict(self._layers()), self.styles(ws)
-        if not recompute:  # weights modulated ahead of their layer are kept for longer
-            ready(styles.values())
+        layers = dict(self._layers())
         noisy = {name: layer for name, layer in layers.items() if isinstance(layer, SynthesisLayer)}
         values = [layer.bias for layer in layers.values()] + [layer.noise_strength for layer in noisy.values()]
-        small, maps = in_one_go(values, dtype), dict(zip(noise, in_one_go(list(noise.values()), dtype), strict=True))
+
+        def tables() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+            return at_home(in_one_go(values, dtype)), at_home(in_one_go(list(noise.values()), dtype))
+
+        # no gradient of these is waited for before an optimiser has its turn
+        (small, given), styles = beside(ws.device, "tables", tables, lambda: self.styles(ws))
+        if not recompute:  # weights modulated ahead of their layer are kept for longer
+            ready(styles.values())
+        maps = dict(zip(noise, given, strict=True))
         strengths = dict(zip(noisy, small[len(layers) :], strict=True))
         found: dict[str, dict[str, Prepared]] = {}
         for name, bias in zip(layers, small, strict=False):

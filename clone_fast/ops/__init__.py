@@ -7,6 +7,7 @@ from clone_fast.ops.dispatch import backend, compile_ahead, explain, is_fast
 from clone_fast.ops.laplacian_pyramid import laplacian_pyramid, laplacian_pyramid_loss
 from clone_fast.ops.modulated_conv2d import modulated_conv2d
 from clone_fast.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
+from clone_fast.ops.upfirdn2d_add import downsampled_branch, upsample2d_add
 from clone_fast.reference.convolution import fast_double_backward
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "bias_act",
     "compile_ahead",
     "downsample2d",
+    "downsampled_branch",
     "explain",
     "fast_double_backward",
     "filter2d",
@@ -24,4 +26,5 @@ __all__ = [
     "setup_filter",
     "upfirdn2d",
     "upsample2d",
+    "upsample2d_add",
 ]

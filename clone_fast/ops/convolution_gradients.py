@@ -16,8 +16,8 @@ to x:      what dx is, with u for the weight
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from clone_fast.ops.registration import Recorded, like
 from clone_fast.ops.streams import left_beside
 from clone_fast.ops.upfirdn2d import adjoint
 from clone_fast.reference.modulated_conv2d import downsampling_padding, upsampling_padding
+
+Found = TypeVar("Found")
 
 ONE = [1, 1]
 TWO = [2, 2]
@@ -62,22 +64,27 @@ def convolution_gradients(
         return launch_step("modulated_conv2d", name, backend, *args)
 
     if (act, gain, clamp, any(want_sums)) == ("linear", 1.0, None, False) and dy.stride() == y.stride():
-        g, sums = dy, [None] * 3
+        g, parts = dy, [None] * 3
     else:
-        g, *sums, _ = step("act_backward", dy, y, noise, noise_strength, act, gain, clamp, *want_sums)
-    dx = dw = None
-    if up == 1 and down == 1:
-        k = weight.shape[-1]
-        dw, dx = _both(
-            weight,
-            [x, g],
-            (lambda: step("wgrad", x, g, k, 1, k // 2, weight.ndim == 5, weight.dtype)) if want_dw else None,
-            lambda: step("conv", g, weight.transpose(-3, -4), 1, k // 2, True) if want_dx else None,
-        )
-    elif want_dx or want_dw:
+        g, *parts, _ = step("act_backward", dy, y, noise, noise_strength, act, gain, clamp, *want_sums)
+
+    def rest() -> tuple[Tensor | None, Tensor | None]:
+        if up == 1 and down == 1:
+            k = weight.shape[-1]
+            dw, dx = _both(
+                weight,
+                [x, g],
+                (lambda: step("wgrad", x, g, k, 1, k // 2, weight.ndim == 5, weight.dtype)) if want_dw else None,
+                lambda: step("conv", g, weight.transpose(-3, -4), 1, k // 2, True) if want_dx else None,
+            )
+            return dx, dw
+        if not (want_dx or want_dw):
+            return None, None
         f = torch.ones([1, 1], device=x.device) if resample_filter is None else resample_filter
         resample = _up_gradients if up == 2 else _down_gradients
-        dx, dw = resample(backend, step, g, x, weight, f, want_dx, want_dw)
+        return resample(backend, step, g, x, weight, f, want_dx, want_dw)
+
+    sums, (dx, dw) = _summed(backend, parts, noise, noise_strength, bias, rest)
     return [dx, dw, *sums]
 
 
@@ -112,16 +119,46 @@ def factor_gradients(
     geometry = (resample_filter, up, down)
     bare = (None, None, None, *geometry, "linear", 1.0, None, [True, False, False, False, False])
     activation = (noise, noise_strength, act, gain, clamp, *want_sums)
-    g, *sums, dots = launch_step("modulated_conv2d", "act_backward", backend, dy, y, *activation, bias, d is not None)
-    dx = convolution_gradients(backend, g, g, x, weight, *bare)[0]
+    g, *parts, dots = launch_step("modulated_conv2d", "act_backward", backend, dy, y, *activation, bias, d is not None)
+    sums, dx = _summed(
+        backend,
+        parts,
+        noise,
+        noise_strength,
+        bias,
+        lambda: convolution_gradients(backend, g, g, x, weight, *bare)[0],
+    )
 
     def of_factors() -> tuple[Tensor, Tensor | None]:  # in the memory order of s and d, as `_both` says
         ds, dd = launch_step("modulated_conv2d", "factor_gradients", backend, x, dx, s, dots, d)
         return like(ds, s), None if d is None else like(dd, d)
 
     reads = [tensor for tensor in (x, dx, dots) if tensor is not None]
-    (ds, dd), _ = left_beside(x.device, "wgrad", s, of_factors, lambda: None, reads)
+    (ds, dd), _ = left_beside(x.device, "wgrad", [s], of_factors, lambda: None, reads)
     return [dx, ds, dd, *sums]
+
+
+def _summed(
+    backend: str,
+    parts: Sequence[Tensor | None],
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    rest: Callable[[], Found],
+) -> tuple[list[Tensor | None], Found]:
+    """The sums over the gradient of an activation to these three, of their parts, and what `rest` finds beside."""
+    given = (noise, noise_strength, bias)
+    wanted = [(of, part) for of, part in zip(given, parts, strict=True) if of is not None and part is not None]
+    if not wanted:
+        return [None] * 3, rest()
+
+    def add_up() -> list[Tensor | None]:  # in the memory order of what they are of, as `_both` says
+        args = (*parts, noise, noise_strength, wanted[0][0].dtype)
+        found = launch_step("modulated_conv2d", "act_sums", backend, *args)
+        return [None if one is None or of is None else like(one, of) for one, of in zip(found, given, strict=True)]
+
+    of, reads = zip(*wanted, strict=True)
+    return left_beside(reads[0].device, "sums", of, add_up, rest, reads)
 
 
 def _both(
@@ -131,7 +168,7 @@ def _both(
     if dw is None:
         return None, dx()
     # in the weight's memory order: a copy later on, for which nothing waits, would be made on another stream
-    return left_beside(weight.device, "wgrad", weight, lambda: like(dw(), weight), dx, reads)
+    return left_beside(weight.device, "wgrad", [weight], lambda: like(dw(), weight), dx, reads)
 
 
 def _fir(backend: str, x: Tensor, f: Tensor, *args: Any) -> Tensor:

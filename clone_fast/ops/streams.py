@@ -103,6 +103,18 @@ def beside(
     return one, two
 
 
+def at_home(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """These, of what runs `beside`: `left_beside` may leave their gradients on the lane on which they were made.
+
+    Not those of leaves, which autograd adds up on a stream of its own.
+    """
+    made = [tensor for tensor in tensors if not tensor.is_leaf]
+    if made and _capturing(made[0].device):
+        for tensor in made:
+            tensor.lane = torch.cuda.current_stream(tensor.device)  # type: ignore[attr-defined]
+    return tensors
+
+
 def made_beside(device: torch.device, lane: str, run: Callable[[], Made], reads: Sequence[Tensor]) -> Made:
     """The tensors that `run` makes, in a capture beside what the current stream did since `reads` were `ready`.
 
@@ -128,7 +140,7 @@ def made_beside(device: torch.device, lane: str, run: Callable[[], Made], reads:
 def left_beside(
     device: torch.device,
     lane: str,
-    of: Tensor,
+    of: Sequence[Tensor],
     run: Callable[[], First],
     meanwhile: Callable[[], Second],
     reads: Sequence[Tensor],
@@ -136,13 +148,14 @@ def left_beside(
     """What `run` and `meanwhile` return, as of `beside`; but where it may, nothing waits for `run`.
 
     Args:
-        of: what `run` makes the gradient of. If it was `made_beside`, that gradient is used on its lane alone, by the
-            gradient of what made it.
+        of: what `run` makes the gradients of. If all were `made_beside`, or `at_home`, on one lane, these gradients are
+            used there alone, by the gradient of what made them.
         reads: all that `run` reads of the current stream's. It is kept to the end of the capture, so it must be
             `SMALL`, or the current stream waits.
     """
-    other = getattr(of, "lane", None)
-    if other is None or not _capturing(device) or any(tensor.nbytes > SMALL for tensor in reads):
+    homes = {getattr(tensor, "lane", None) for tensor in of}
+    other = homes.pop()
+    if other is None or homes or not _capturing(device) or any(tensor.nbytes > SMALL for tensor in reads):
         return beside(device, lane, run, meanwhile)
     ended()
     # Held by us, too: what none but autograd holds it may add to in place, while the lane still reads it.

@@ -60,10 +60,10 @@ def _gradients(recorded: Recorded, grads: list[Tensor], wanted: list[int]) -> li
     """The op is linear, and its adjoint is the same op: so its gradients are differentiable as often as wanted."""
     x, f, up, down, padding, flip_filter, gain = recorded.args
     others = adjoint(x.shape[2:], grads[0].shape[2:], f, up, down, padding)
-    return [_op(grads[0], f, *others, not flip_filter, gain, recorded.backend) for _ in wanted]
+    return [registered(grads[0], f, *others, not flip_filter, gain, recorded.backend) for _ in wanted]
 
 
-_op = register(
+registered = register(
     "upfirdn2d",
     "(Tensor x, Tensor f, int[] up, int[] down, int[] padding, bool flip_filter, float gain) -> Tensor",
     run=_run,
@@ -121,7 +121,7 @@ def upfirdn2d(
     check_number("upfirdn2d", "gain", gain)
     args = (f, up_xy, down_xy, pads, bool(flip_filter), float(gain))
     chosen = resolve("upfirdn2d", backend, x, *args)
-    y: Tensor = _exact(x, *args) if chosen == "reference" else _op(x, *args, chosen)
+    y: Tensor = _exact(x, *args) if chosen == "reference" else registered(x, *args, chosen)
     return y
 
 
@@ -146,8 +146,7 @@ def upsample2d(
     """Enlarge [N, C, H, W] to [N, C, H * up, W * up], keeping brightness. Arguments and errors as in `upfirdn2d`."""
     factors = spec.parse_scaling(up, "up")
     check_number("upfirdn2d", "gain", gain)
-    pads = _centred(x, f, padding, lambda taps, axis: ((taps + factors[axis] - 1) // 2, (taps - factors[axis]) // 2))
-    gain = gain * factors[0] * factors[1]
+    pads, gain = enlarging_padding(x, f, factors, padding), gain * factors[0] * factors[1]
     return upfirdn2d(x, f, up=factors, padding=pads, flip_filter=flip_filter, gain=gain, backend=backend)
 
 
@@ -163,17 +162,25 @@ def downsample2d(
 ) -> Tensor:
     """Shrink [N, C, H, W] to [N, C, H // down, W // down]. Arguments and errors as in `upfirdn2d`."""
     factors = spec.parse_scaling(down, "down")
-    pads = _centred(x, f, padding, lambda taps, axis: ((taps - factors[axis] + 1) // 2, (taps - factors[axis]) // 2))
+    pads = shrinking_padding(x, f, factors, padding)
     return upfirdn2d(x, f, down=factors, padding=pads, flip_filter=flip_filter, gain=gain, backend=backend)
 
 
-def _centred(
-    x: Tensor, f: Tensor, padding: Pair, around: Callable[[int, int], tuple[int, int]]
-) -> tuple[int, int, int, int]:
+def enlarging_padding(x: Tensor, f: Tensor, factors: Sequence[int], padding: Pair = 0) -> list[int]:
+    """The padding with which up=factors keeps the image where it is, plus the caller's."""
+    return _centred(x, f, padding, lambda taps, axis: ((taps + factors[axis] - 1) // 2, (taps - factors[axis]) // 2))
+
+
+def shrinking_padding(x: Tensor, f: Tensor, factors: Sequence[int], padding: Pair = 0) -> list[int]:
+    """The padding with which down=factors keeps the image where it is, plus the caller's."""
+    return _centred(x, f, padding, lambda taps, axis: ((taps - factors[axis] + 1) // 2, (taps - factors[axis]) // 2))
+
+
+def _centred(x: Tensor, f: Tensor, padding: Pair, around: Callable[[int, int], tuple[int, int]]) -> list[int]:
     """The padding that keeps the image where it is, around(taps, axis) with axis 0 for x, plus the caller's."""
     check_image("upfirdn2d", "x", x)
     check_filter("upfirdn2d", "f", f, x)
     fw, fh = spec.filter_size(f)
     x0, x1, y0, y1 = spec.parse_padding(padding)
     (left, right), (top, bottom) = around(fw, 0), around(fh, 1)
-    return x0 + left, x1 + right, y0 + top, y1 + bottom
+    return [x0 + left, x1 + right, y0 + top, y1 + bottom]
