@@ -81,7 +81,9 @@ class CudaGraphs:
         current = torch.cuda.current_stream(device)
         # The default stream cannot be captured. Any other one is captured itself: what libraries keep for a stream,
         # say cuBLAS its workspace, then serves graphs that never run at once.
-        self.stream = torch.cuda.Stream(device) if current == torch.cuda.default_stream(device) else current
+        # Where work of both could run, the GPU takes that of this stream before what goes beside it.
+        own = current == torch.cuda.default_stream(device)
+        self.stream = torch.cuda.Stream(device, priority=-1) if own else current
         self.pool = torch.cuda.graph_pool_handle()
 
     def aside(self, run: Callable[[], None]) -> None:

@@ -254,7 +254,7 @@ def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ([8, 3, 1, 1], False, "x weight bias", ["pointwise_backward"]),
         ([3, 8, 1, 1], False, "x", ["pointwise_backward"]),
         ([3, 8, 1, 1], True, "weight", ["pointwise_backward"]),  # noise that wants nothing
-        ([3, 8, 1, 1], True, "x noise", ["act_backward", "conv"]),
+        ([3, 8, 1, 1], True, "x noise", ["act_backward", "act_sums", "conv"]),
         ([8, 3, 1, 1], False, "bias", ["pointwise_backward"]),
         ([8, 8, 1, 1], False, "x weight", ["act_backward", "wgrad", "conv"]),
         ([3, 8, 3, 3], False, "x weight", ["act_backward", "wgrad", "conv"]),
