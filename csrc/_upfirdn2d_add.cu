@@ -73,6 +73,7 @@ void run_add(const T* x, const float* f, const Other* other, T* y, const Upfirdn
 
 void upfirdn2d_add(Dtype x_dtype, const void* x, const float* f, Dtype other_dtype, const void* other, void* y,
                    const Upfirdn2d& a, cudaStream_t stream) {
+    fir::check_sizes(a);
     if (a.fh != 4 || a.fw != 4 || a.up_x != 2 || a.up_y != 2 || a.down_x != 1 || a.down_y != 1)
         fail(fir::kOp, "adding wants a 4x4 filter, up 2 and down 1");
     if (x_dtype != other_dtype && x_dtype != Dtype::float32)

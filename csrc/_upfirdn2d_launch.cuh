@@ -10,6 +10,14 @@ namespace clone_fast::fir {
 
 inline constexpr const char* kOp = "upfirdn2d";
 
+// Indices are 32 bits wide.
+inline void check_sizes(const Upfirdn2d& a) {
+    const std::int64_t most = std::int64_t{1} << 31, planes = static_cast<std::int64_t>(a.n) * a.c;
+    if (a.n < 1 || a.c < 1 || a.h < 1 || a.w < 1 || a.oh < 1 || a.ow < 1 || a.fh < 1 || a.fw < 1 || a.up_x < 1 ||
+        a.up_y < 1 || a.down_x < 1 || a.down_y < 1 || planes * a.h * a.w >= most || planes * a.oh * a.ow >= most)
+        fail(kOp, "sizes and factors must be positive, x and y below 2^31 elements");
+}
+
 // How many blocks to make of a tensor, in percent of what the machine holds at once. Few have long bands and read
 // little twice; many leave no multiprocessor waiting for the last one. Measured on an H200, tensors of 16 to 512 MB.
 template <int kUp, int kDown, class Windows>

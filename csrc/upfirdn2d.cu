@@ -87,10 +87,7 @@ void run_general(const In* x, const float* f, Out* y, const Upfirdn2d& a, cudaSt
 
 void upfirdn2d(Dtype x_dtype, const void* x, const float* f, Dtype y_dtype, void* y, const Upfirdn2d& a,
                cudaStream_t stream) {
-    const std::int64_t most = std::int64_t{1} << 31, planes = static_cast<std::int64_t>(a.n) * a.c;
-    if (a.n < 1 || a.c < 1 || a.h < 1 || a.w < 1 || a.oh < 1 || a.ow < 1 || a.fh < 1 || a.fw < 1 || a.up_x < 1 ||
-        a.up_y < 1 || a.down_x < 1 || a.down_y < 1 || planes * a.h * a.w >= most || planes * a.oh * a.ow >= most)
-        fail(kOp, "sizes and factors must be positive, x and y below 2^31 elements");
+    fir::check_sizes(a);
     if (x_dtype != y_dtype) {
         if (x_dtype == Dtype::float32)
             return with_dtype(y_dtype, kOp, [&](auto tag) {
