@@ -23,7 +23,7 @@ from clone_fast.checkpoints import keymap
 from clone_fast.checkpoints.safe_pickle import shown
 from clone_fast.checkpoints.tensors import LazyTensor
 from clone_fast.checkpoints.vetted import TENSORS
-from clone_fast.checkpoints.weights import Contents, Weights, check_filter
+from clone_fast.checkpoints.weights import Contents, Weights, check_filter, shapes_only
 from clone_fast.errors import CheckpointError
 from clone_fast.files import write_aside
 from clone_fast.nn import Architecture, MappingNetwork, Network
@@ -124,7 +124,7 @@ class _MeanLatent:
     def load(self) -> Tensor:
         values = {name: tensor.load().to(torch.float32) for name, tensor in self.layers.items()}
         z_dim = values["fc0.weight"].shape[1]
-        with torch.device("meta"):
+        with shapes_only():
             mapping = MappingNetwork(z_dim, 0, self.shape[0], None, num_layers=len(values) // 2)
         mapping.load_state_dict(values, assign=True)
         z = torch.randn(_MEAN_SAMPLES, z_dim, generator=torch.Generator().manual_seed(0))

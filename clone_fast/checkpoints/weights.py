@@ -8,12 +8,14 @@ numbers for it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from clone_fast.checkpoints.keymap import low_pass
 from clone_fast.checkpoints.safe_pickle import shown
@@ -89,9 +91,31 @@ def architectures(
     return ours, theirs
 
 
+class _Shapes(TorchFunctionMode):
+    """Of the operators that modules are made with, those that PyTorch has in Python for the meta device: calling one
+    imports sympy and torch.compile, which takes as long as importing torch."""
+
+    instead: ClassVar[dict[Any, Callable[..., Tensor]]] = {
+        torch.randn: torch.empty,
+        Tensor.div: lambda a, b: a.new_empty(a.shape),
+        Tensor.mul: lambda a, b: a.new_empty(a.shape),
+        Tensor.outer: lambda a, b: a.new_empty([len(a), len(b)]),
+    }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.instead.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """What is made here, a module say, has shapes and no numbers, for `load_state_dict(..., assign=True)`."""
+    with torch.device("meta"), _Shapes():
+        yield
+
+
 def build(kind: type[Module], arch: Architecture, weights: Weights) -> Module:
     """A `Generator` or `Discriminator` of this architecture with these weights: float32, frozen, in eval."""
-    with torch.device("meta"):
+    with shapes_only():
         module = kind(arch)
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     size = f"{arch.img_resolution}x{arch.img_resolution}"
