@@ -25,13 +25,14 @@ from clone_fast.errors import BackendError
 from clone_fast.ops import compile_ahead
 from clone_fast.ops.streams import ended, rejoin
 
-# Of each variant before its capture: kernels are compiled and loaded, optimisers allocate. Not more, since an eager
-# call while there are graphs needs memory beside theirs.
+# Of each variant before its capture: kernels are compiled and loaded. Not more, since an eager call while there are
+# graphs needs memory beside theirs; and none where this process has recorded the like before.
 EAGER_CALLS = 1
 ROWS = 1024  # of a table, at most: longer runs draw the next rows when these are used up
 
 _rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
 _rehearsed: set[Hashable] = set()
+_recorded: set[Hashable] = set()
 
 
 def rehearsing() -> bool:
@@ -132,21 +133,26 @@ def graphs_of(device: torch.device) -> CudaGraphs | None:
 class Captured:
     """A function of few variants that is called again and again, as a CUDA graph for each variant where possible.
 
-    Every call does what the function does: the first ones of a variant run it eagerly on a side stream, the next
-    records it, which executes nothing, and from then on the graph is replayed. Where recording fails, all calls are
-    eager from then on, with one warning; CLONE_FAST_STRICT=1 makes that an error.
+    Every call does what the function does: the first of a variant runs it eagerly on a side stream, the next records
+    it, which executes nothing, and from then on the graph is replayed. Where recording fails, all calls are eager from
+    then on, with one warning; CLONE_FAST_STRICT=1 makes that an error.
 
     Before the first of a variant there is a rehearsal, see `rehearse`.
 
     Args:
         function: takes a variant's values, and works on tensors that stay where they are. It must set the gradients it
-            needs to None itself, so that they lie in the graphs' memory.
+            needs to None itself, so that they lie in the graphs' memory. What it makes once and keeps must be there
+            before its first call.
         device: where it runs.
         kind: what tells functions apart that launch different kernels; one rehearsal serves all of a kind.
+        at_once: whether a variant of a kind that was recorded before may be recorded without an eager call. Not where
+            it calls code of others, of which the kind knows nothing.
     """
 
-    def __init__(self, function: Callable[..., None], device: torch.device, kind: Hashable) -> None:
-        self.function, self.device, self.kind = function, device, kind
+    def __init__(
+        self, function: Callable[..., None], device: torch.device, kind: Hashable, *, at_once: bool = False
+    ) -> None:
+        self.function, self.device, self.kind, self.at_once = function, device, kind, at_once
         self.graphs = graphs_of(device)
         self.calls: Counter[tuple[Hashable, ...]] = Counter()
         self.replays: dict[tuple[Hashable, ...], Callable[[], None]] = {}
@@ -155,7 +161,8 @@ class Captured:
         run = partial(self.function, *variant)
         if not self.calls[variant]:
             self.rehearse(*variant)
-        if self.graphs is not None and variant not in self.replays and self.calls[variant] >= EAGER_CALLS:
+        ready = self.calls[variant] >= EAGER_CALLS or (self.at_once and self._known(variant) in _recorded)
+        if self.graphs is not None and variant not in self.replays and ready:
             self._record(variant, run)
         self.calls[variant] += 1
         if variant in self.replays:
@@ -167,6 +174,9 @@ class Captured:
         """What comes before the first call of a variant, for those who know it earlier."""
         run = partial(self.function, *variant)
         rehearse(self.device, (self.kind, variant), partial(self._eagerly, run))
+
+    def _known(self, variant: tuple[Hashable, ...]) -> Hashable:
+        return self.device, self.kind, variant
 
     def release(self) -> None:
         """Let go of the graphs and of their memory; later calls are eager."""
@@ -184,6 +194,7 @@ class Captured:
             return
         try:
             self.replays[variant] = self.graphs.record(run)
+            _recorded.add(self._known(variant))
         except torch.OutOfMemoryError:  # an eager iteration needs no less
             self.release()
             raise

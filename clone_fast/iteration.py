@@ -81,7 +81,9 @@ class Tweak:
         self.draws = Draws(generator, wanted, rate=lambda i: ramp(i, s.steps, up=0.05, down=0.3), total=s.steps)
         self.board = Board(("loss", "psnr", "recon", "local", "global", "paired", "edit", "loss_d"), photo.device)
         self.names: dict[bool, tuple[str, ...]] = {}
-        self.iterate = Captured(self._iterate, photo.device, ("tweak", generator.arch, alike(s)))
+        judge = None if self.adversary is None else self.adversary.discriminator.arch
+        kind = "tweak", generator.arch, judge, alike(s)
+        self.iterate = Captured(self._iterate, photo.device, kind, at_once=similarity is None)
         self.restart(latent, photo, seed=seed)
 
     @torch.no_grad()

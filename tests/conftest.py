@@ -13,6 +13,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from clone_fast import capture
+
 # The same examples on every run, none stored, and no deadline: a shared machine may pause anywhere.
 settings.register_profile("clone_fast", derandomize=True, database=None, deadline=None)
 settings.load_profile("clone_fast")
@@ -46,6 +48,12 @@ def _environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("CLONE_FAST_STRICT", "1")
     else:
         monkeypatch.delenv("CLONE_FAST_STRICT", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured, and when, does not depend on the tests before."""
+    monkeypatch.setattr(capture, "_recorded", set())
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

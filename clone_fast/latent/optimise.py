@@ -164,7 +164,8 @@ class Search:
         self.taken, self.size = 0, min(settings.steps, ROWS)
         self.table = Table({}, photo.device)
         self.board = Board(("loss", "psnr"), photo.device)
-        self.iterate = Captured(self._iterate, photo.device, ("latent", generator.arch, alike(settings)))
+        kind = "latent", generator.arch, alike(settings)
+        self.iterate = Captured(self._iterate, photo.device, kind, at_once=similarity is None)
         self.restart(photo, start=start, seed=seed)
 
     @torch.no_grad()
