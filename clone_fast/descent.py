@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from clone_fast.capture import rehearsing
+from clone_fast.ops.streams import as_it_comes
+
+LARGE = 2**20  # elements of a weight whose step is worth launches of its own, beside the rest of the backward
 
 
 class FusedAdam:
@@ -32,11 +36,14 @@ class FusedAdam:
         return torch.zeros_like(tensor), torch.zeros_like(tensor), torch.zeros([], device=tensor.device)
 
     @torch.no_grad()
-    def step(self) -> None:
-        """A step of what has a gradient."""
+    def step(self, among: Sequence[Tensor] | None = None) -> None:
+        """A step of what has a gradient, of all parameters or of these."""
         beta1, beta2 = self.betas
+        chosen = self.state if among is None else set(among)
         for group in self.param_groups:
-            moved: list[Any] = [p for p in group["params"] if p.grad is not None]
+            moved: list[Any] = [p for p in group["params"] if p.grad is not None and p in chosen]
+            if not moved:
+                continue
             means, squares, steps = ([self.state[p][i] for p in moved] for i in range(3))
             adam(
                 moved, [p.grad for p in moved], means, squares, [], steps, fused=True, capturable=True,
@@ -78,6 +85,9 @@ class Descent:
         if loss_scale != 1:  # with a fused optimiser a scaler reads nothing on the host
             self.scaler = torch.amp.GradScaler(device.type, init_scale=loss_scale, growth_interval=50)
             self.fresh = self.scaler.state_dict()
+            self.scaler.scale(torch.zeros([], device=device))  # makes its tensors, which a capture would make anew
+        # a scaler must have seen all gradients before it lets any step be taken
+        self.early = [t for t in self.tensors if t.numel() >= LARGE and self.scaler is None]
 
     def step(self, loss: Tensor, rate: Tensor) -> None:
         """Fresh gradients of the loss to all that takes part in it, and a step; in a rehearsal the gradients alone.
@@ -86,17 +96,22 @@ class Descent:
         """
         for tensor in self.tensors:
             tensor.grad = None
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        if rehearsing():
-            return
         with torch.no_grad():
             for own, peak in zip(self.rates, self.peaks, strict=True):
                 torch.mul(rate, peak, out=own)
+        with as_it_comes(loss.device, "descent", self.early, self._move) as moved:
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        if rehearsing():
+            return
         if self.scaler is None:
-            self.optimizer.step()
+            early = set(moved)
+            self._move(*(tensor for tensor in self.tensors if tensor not in early))
         else:
             self.scaler.step(self.optimizer)  # type: ignore[arg-type]  # it asks for no more than this one has
             self.scaler.update()
+
+    def _move(self, *tensors: Tensor) -> None:
+        self.optimizer.step(tensors)
 
     @torch.no_grad()
     def restart(self) -> None:

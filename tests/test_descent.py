@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from clone_fast.descent import Descent
+from clone_fast.capture import CudaGraphs
+from clone_fast.descent import LARGE, Descent
 
 ONE = torch.ones([])
 
@@ -73,3 +77,42 @@ def test_a_scaled_loss_takes_the_same_step() -> None:
     scaled.restart()
     scaled.step(mine.sum(), ONE)
     assert seen[-1] == 1024
+
+
+def chain(x: Tensor, weights: list[Tensor], shift: Tensor) -> Tensor:
+    """Layers whose gradients to x read the very weights that the step writes."""
+    for weight in weights:
+        x = F.leaky_relu(F.linear(x, weight), 0.2)
+    return (x + shift).square().mean()
+
+
+@pytest.mark.gpu
+def test_captured_steps_of_large_weights_are_those_of_an_eager_loop(device: torch.device) -> None:
+    """Taken beside the backward of the layers before, each once, and not before its weight has been read."""
+    torch.manual_seed(0)
+    sides = [1024, 1024, 1024, 8]  # and one that is not large
+    start = [torch.randn(o, i, device=device) / i**0.5 for i, o in pairwise(sides)]
+    start.append(torch.zeros([], device=device))
+    assert sum(weight.numel() >= LARGE for weight in start) == 2
+    x, rate = torch.randn(512, 1024, device=device), torch.full([], 0.5, device=device)
+    found: list[list[Tensor]] = []
+    for captured in (False, True):
+        leaves = [weight.clone().requires_grad_() for weight in start]
+        work = Descent([(leaves[:2], 0.002), (leaves[2:], 0.01)], betas=(0.9, 0.99))
+        idle = torch.zeros(1024, 1024, device=device, requires_grad=True)  # large, and takes no part
+        work.early.append(idle)
+
+        def run(work: Descent = work, leaves: list[Tensor] = leaves) -> None:
+            work.step(chain(x, leaves[:-1], leaves[-1]), rate)
+
+        if captured:
+            graphs = CudaGraphs(torch.device("cuda", torch.cuda.current_device()))
+            graphs.aside(run)
+            run = graphs.record(run)
+        for _ in range(3 if captured else 4):
+            run()
+        found.append([leaf.detach() for leaf in leaves])
+        assert idle.grad is None
+    for got, want, before in zip(found[1], found[0], start, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(got, before)

@@ -333,9 +333,9 @@ def test_nan_on_the_way_gives_the_last_good_latent(monkeypatch: pytest.MonkeyPat
     want: list[Tensor] = []
     step = FusedAdam.step
 
-    def watched(self: FusedAdam) -> None:
+    def watched(self: FusedAdam, *args: Any) -> None:
         want.append(self.param_groups[0]["params"][0].detach().clone())
-        step(self)
+        step(self, *args)
 
     monkeypatch.setattr(FusedAdam, "step", watched)
     spoil(monkeypatch, net.generator, at=6)

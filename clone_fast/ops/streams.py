@@ -11,8 +11,9 @@ What a stream frees it gives to its own next work, in a capture at once, whoever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -175,6 +176,36 @@ def aside(device: torch.device, lane: str, run: Callable[[], Tensor], reads: Seq
         joined(device, lane)
         return run()
     return _launched(_lane(device, lane), torch.cuda.current_stream(device), reads, run)
+
+
+@contextmanager
+def as_it_comes(
+    device: torch.device, lane: str, leaves: Iterable[Tensor], run: Callable[[Tensor], None]
+) -> Iterator[list[Tensor]]:
+    """In a capture: on this lane `run`, of each of these leaves whose gradient a backward within makes, as soon as it
+    is there. Yields those that had it; for them all is done when this ends.
+
+    `run` may write the leaf: whatever reads it on the current stream before its gradient is there is waited for.
+    """
+    had: list[Tensor] = []
+    if not _capturing(device):
+        yield had
+        return
+    current, other = torch.cuda.current_stream(device), _lane(device, lane)
+
+    def serve(leaf: Tensor) -> None:
+        other.wait_stream(current)  # the gradient to a layer's input reads its weight there
+        reads = [] if leaf.grad is None else [leaf.grad]
+        _launched(other, torch.cuda.current_stream(device), reads, partial(run, leaf))
+        had.append(leaf)
+
+    hooks = [leaf.register_post_accumulate_grad_hook(serve) for leaf in leaves]
+    try:
+        yield had
+    finally:
+        for hook in hooks:
+            hook.remove()
+    joined(device, lane)
 
 
 def joined(device: torch.device, lane: str) -> None:
