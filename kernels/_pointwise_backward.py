@@ -6,8 +6,9 @@
     dbias[o] = sum over n and the pixels of g[n, o]
 
 The image of many channels is read once, and the time is that of its bytes; tensor cores would have nothing to multiply.
-Products are float32 in full whatever the dtype. Each program writes sums of its own, which a second, small kernel adds,
-always in the same order; few pixels take one program for all of a channel's and no second kernel.
+Products are float32 in full whatever the dtype. Each program writes sums of its own, which small kernels add, always in
+the same order, and are launched by themselves: the layers before wait for dx, and nothing but an optimiser for the
+rest. Few pixels take one program for all of a channel's, and leave nothing to be added.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def launch_pointwise_backward(
     want_dw: bool,
     want_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dw, dbias) of y = clamp(gain * act(conv(x, weight) + ...)), 1x1; what is not wanted is None.
+    """(dx, dw, dbias) of y = clamp(gain * act(conv(x, weight) + ...)), 1x1, or sums; what is not wanted is None.
 
     Args:
         dy, y: [N, O, H, W], the gradient of the result and the result; x: [N, I, H, W]; in any layout.
@@ -82,7 +83,9 @@ def launch_pointwise_backward(
         act: "linear", "relu" or "lrelu" (slope 0.2). gain: positive. clamp: of the result, or None.
 
     Returns:
-        dx in x's layout, dw like the weight and contiguous, dbias [O]; sums are float32, and rounded once.
+        dx in x's layout. dw like the weight and contiguous, and dbias [O]; where programs share their pixels these
+        programs' sums in float32: [any, elements of one weight], which `launch_pointwise_sums` adds, and [any, O],
+        which `launch_act_sums` does. Sums are float32, and rounded once.
     """
     outputs, inputs = weight.shape[-4:-2]
     n, _, height, width = x.shape
@@ -93,14 +96,19 @@ def launch_pointwise_backward(
     layout_y, layout_x = layout_of(y), layout_of(x)
     if whole and channels > BLOCK:
         layout_y = torch.channels_last  # or a tile of all channels has a pixel or two
-    dy = dy.contiguous(memory_format=layout_y)
-    y = dy if act == "linear" and clamp is None else y.contiguous(memory_format=layout_y)
+    # The few outputs are read column by column, in any layout: a copy of an image's gradient would be a pass more.
+    layout_dy = layout_y if few_inputs else layout_of(dy)
+    dy = dy.contiguous(memory_format=layout_dy)
+    if act == "linear" and clamp is None:
+        y, layout_y = dy, layout_dy
+    else:
+        y = y.contiguous(memory_format=layout_y)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_x) if want_dx else None
     x = x.contiguous(memory_format=layout_x) if want_dw else x
 
     last = (layout_y if few_inputs else layout_x) is torch.channels_last
     images = n
-    if weight.ndim == 4 and layout_y is layout_x is torch.channels_last and n * pixels < 2**30:
+    if weight.ndim == 4 and layout_dy is layout_y is layout_x is torch.channels_last and n * pixels < 2**30:
         images, pixels = 1, n * pixels  # of one weight, one after the other
     weights = n if weight.ndim == 5 else 1
     bc = triton.next_power_of_2(channels)
@@ -110,17 +118,16 @@ def launch_pointwise_backward(
     shares = _shares(x, triton.cdiv(pixels, bp), images, blocks)
     programs = images * shares
     columns = few * channels
-    place = (1, channels) if not few_inputs else (few, 1)  # strides of dw
-
-    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_dw else None
-    dbias = y.new_empty([outputs]) if want_bias else None
-    add_dw, add_bias = want_dw and programs > weights, want_bias and programs > 1
+    add_dw, add_bias = programs > weights, programs > 1
 
     def sums(columns: int) -> Tensor:
         return torch.empty([programs, columns], dtype=torch.float32, device=x.device)
 
-    dw_sums = sums(columns) if add_dw else dw
-    bias_sums = sums(outputs) if add_bias else dbias
+    dw = dbias = None
+    if want_dw:
+        dw = sums(columns) if add_dw else torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if want_bias:
+        dbias = sums(outputs) if add_bias else y.new_empty([outputs])
     kernel = few_inputs_kernel if few_inputs else few_outputs_kernel
     kernel[(programs, blocks)](
         dy,
@@ -128,8 +135,8 @@ def launch_pointwise_backward(
         x,
         weight,
         dx,
-        dw_sums,
-        bias_sums,
+        dw,
+        dbias,
         channels,
         pixels,
         shares,
@@ -137,7 +144,7 @@ def launch_pointwise_backward(
         weight.stride(-4 if few_inputs else -3),
         weight.stride(-3 if few_inputs else -4),
         columns,
-        *((1, channels) if add_dw else place),
+        *((1, channels) if add_dw else _place(weight)),
         gain,
         0.0 if clamp is None else rounded(clamp, y.dtype),
         FEW=few,
@@ -153,29 +160,35 @@ def launch_pointwise_backward(
         LANES=min(32, max(triton.next_power_of_2(few), bc * x.element_size() // 16)),
         STAGES=STAGES,
         num_warps=WARPS,
+        **({} if few_inputs else {"DY_LAST": layout_dy is torch.channels_last}),
     )
-    dw_programs = weights * triton.cdiv(columns, COLUMNS) if add_dw else 0
-    bias_programs = triton.cdiv(outputs, COLUMNS) if add_bias else 0
-    if dw_programs + bias_programs:
-        add_shares[(dw_programs + bias_programs,)](
-            dw_sums,
-            dw,
-            bias_sums,
-            dbias,
-            channels,
-            columns,
-            programs // weights,
-            dw_programs,
-            *place,
-            outputs,
-            programs,
-            ADD_DW=add_dw,
-            ADD_BIAS=add_bias,
-            BR=min(triton.next_power_of_2(programs), ROWS),
-            BC=COLUMNS,
-            num_warps=WARPS,
-        )
     return dx, dw, dbias
+
+
+def launch_pointwise_sums(sums: Tensor, weight: Tensor) -> Tensor:
+    """dw of the programs' sums that `launch_pointwise_backward` left of this weight, like it and contiguous."""
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    programs, columns = sums.shape
+    weights = dw.numel() // columns
+    shares = programs // weights
+    add_shares[(triton.cdiv(columns, COLUMNS), weights)](
+        sums,
+        dw,
+        max(weight.shape[-4:-2]),
+        columns,
+        shares,
+        *_place(weight),
+        BR=min(triton.next_power_of_2(shares), ROWS),
+        BC=COLUMNS,
+        num_warps=WARPS,
+    )
+    return dw
+
+
+def _place(weight: Tensor) -> tuple[int, int]:
+    """Strides of the many channels and of the few in a contiguous weight."""
+    outputs, inputs = weight.shape[-4:-2]
+    return (inputs, 1) if inputs <= outputs else (1, inputs)
 
 
 def _shares(x: Tensor, tiles: int, images: int, blocks: int) -> int:

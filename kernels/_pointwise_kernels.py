@@ -1,4 +1,5 @@
-"""The kernels of `_pointwise_backward`: 1x1 convolutions of few inputs, of few outputs, and the second pass of both.
+"""The kernels of `_pointwise_backward`: 1x1 convolutions of few inputs, of few outputs, and the sums over the programs
+of both.
 
 An image of many channels is read in tiles of BP pixels times BC channels, those of few channels column by column.
 """
@@ -167,6 +168,7 @@ def few_outputs_kernel(
     CLAMP: tl.constexpr,
     WIDE_LAST: tl.constexpr,
     FEW_LAST: tl.constexpr,
+    DY_LAST: tl.constexpr,
     WANT_DX: tl.constexpr,
     WANT_DW: tl.constexpr,
     WANT_BIAS: tl.constexpr,
@@ -175,7 +177,7 @@ def few_outputs_kernel(
     LANES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """`few_inputs_kernel`, but that x and dx have many channels, dy and y few."""
+    """`few_inputs_kernel`, but that x and dx have many channels, dy and y few, each in a layout of its own."""
     n = tl.program_id(0) // shares
     first = tl.program_id(1) * BC
     column = tl.arange(0, BC)[None, :]
@@ -185,7 +187,7 @@ def few_outputs_kernel(
     y += of_image * FEW
     begin = tl.program_id(0) % shares * BP
     step = shares * BP
-    grads = _columns(dy, begin, row, pixels, FEW, FEW_LAST)
+    grads = _columns(dy, begin, row, pixels, FEW, DY_LAST)
     seen = grads
     if SLOPE != 1.0 or CLAMP:
         seen = _columns(y, begin, row, pixels, FEW, FEW_LAST)
@@ -203,7 +205,7 @@ def few_outputs_kernel(
             there = tl.load(
                 _tile(x, start, row, first, column, channels, pixels, WIDE_LAST), mask=inside, other=0.0
             ).to(tl.float32)  # fmt: skip
-        coming = _columns(dy, start + step, row, pixels, FEW, FEW_LAST)
+        coming = _columns(dy, start + step, row, pixels, FEW, DY_LAST)
         total = tl.zeros((BP, BC), dtype=tl.float32)
         added = ()
         biased = ()
@@ -238,35 +240,10 @@ def few_outputs_kernel(
 
 
 @triton.jit
-def add_shares(
-    dw_sums,
-    dw,
-    bias_sums,
-    dbias,
-    channels,
-    columns,
-    shares,
-    dw_programs,
-    dw_wide,
-    dw_few,
-    bias_columns,
-    bias_shares,
-    ADD_DW: tl.constexpr,
-    ADD_BIAS: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """The second pass. Programs: for every sample's weight one for every BC of its columns, then the bias's."""
-    pid = tl.program_id(0)
-    if pid < dw_programs:
-        if ADD_DW:
-            blocks = tl.cdiv(columns, BC)
-            n = pid // blocks
-            line = sum_of_rows(dw_sums + n * shares * columns, pid % blocks, shares, columns, BR, BC)
-            c = pid % blocks * BC + tl.arange(0, BC)
-            at = n * columns + c % channels * dw_wide + c // channels * dw_few
-            tl.store(dw + at, line.to(dw.dtype.element_ty), mask=c < columns)
-    elif ADD_BIAS:
-        line = sum_of_rows(bias_sums, pid - dw_programs, bias_shares, bias_columns, BR, BC)
-        c = (pid - dw_programs) * BC + tl.arange(0, BC)
-        tl.store(dbias + c, line.to(dbias.dtype.element_ty), mask=c < bias_columns)
+def add_shares(sums, dw, channels, columns, shares, dw_wide, dw_few, BR: tl.constexpr, BC: tl.constexpr):
+    """dw of the programs' sums [weights * shares, few * channels]. Programs (block of columns, weight)."""
+    n = tl.program_id(1)
+    line = sum_of_rows(sums + n * shares * columns, tl.program_id(0), shares, columns, BR, BC)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    at = n * columns + c % channels * dw_wide + c // channels * dw_few
+    tl.store(dw + at, line.to(dw.dtype.element_ty), mask=c < columns)

@@ -20,7 +20,11 @@ from clone_fast.kernels._factors import launch_factor_gradients, launch_factored
 from clone_fast.kernels._fir_epilogue import fir
 from clone_fast.kernels._modulate import modulate as launch_modulate
 from clone_fast.kernels._modulate import modulate_backward as launch_modulate_backward
-from clone_fast.kernels._pointwise_backward import launch_pointwise_backward, supports_pointwise_backward
+from clone_fast.kernels._pointwise_backward import (
+    launch_pointwise_backward,
+    launch_pointwise_sums,
+    supports_pointwise_backward,
+)
 from clone_fast.kernels._wgrad import launch_wgrad, supports_wgrad
 
 __all__ = [
@@ -36,6 +40,7 @@ __all__ = [
     "launch_modulate",
     "launch_modulate_backward",
     "launch_pointwise_backward",
+    "launch_pointwise_sums",
     "launch_wgrad",
     "route",
     "supports",

@@ -214,13 +214,21 @@ def pointwise_backward(
     dy: Tensor, y: Tensor, x: Tensor, weight: Tensor, act: str, gain: float, clamp: float | None, want_dx: bool,
     want_dw: bool, want_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    g, _, _, sums, _ = act_backward(dy, y, None, None, act, gain, clamp, False, False, want_bias)
+    """Its programs have a row of an image each; where there is but one, nothing is left to be added."""
+    g = act_backward(dy, y, None, None, act, gain, clamp, False, False, False)[0]
     w = (weight if weight.ndim == 5 else weight.expand(len(x), *weight.shape)).flatten(2)
-    dw = torch.einsum("nohw,nihw->noi", g, x).reshape(-1, *weight.shape[-4:])
     dx = torch.einsum("noi,nohw->nihw", w, g)
-    return dx if want_dx else None, (dw if weight.ndim == 5 else dw.sum(0)) if want_dw else None, (
-        None if sums is None else sums.sum(0)
+    dw, dbias = torch.einsum("nohw,nihw->nhoi", g, x).flatten(0, 1).flatten(1), g.sum(3).movedim(2, 1).flatten(0, 1)
+    if len(dw) == (len(x) if weight.ndim == 5 else 1):
+        dw = dw.reshape(weight.shape)
+    return dx if want_dx else None, dw if want_dw else None, (
+        (dbias[0] if len(dbias) == 1 else dbias) if want_bias else None
     )
+
+
+def pointwise_sums(sums: Tensor, weight: Tensor) -> Tensor:
+    of_each = sums.view(weight.numel() // sums.shape[1], -1, sums.shape[1])
+    return of_each.sum(1).view(weight.shape).to(weight.dtype)
 
 
 def modulate(weight: Tensor, styles: Tensor | None, demodulate: bool, eps: float, dtype: torch.dtype) -> Tensor:
@@ -275,6 +283,7 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
         "launch_act_backward": act_backward,
         "launch_act_sums": act_sums,
         "launch_pointwise_backward": pointwise_backward,
+        "launch_pointwise_sums": pointwise_sums,
         "launch_modulate": modulate,
         "launch_modulate_backward": modulate_backward,
         "launch_factored": factored,

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -54,15 +55,30 @@ def arguments(
     return *images, weight, act, gain, clamp
 
 
+def gradients(functions: Any, args: Sequence[Any], wants: tuple[bool, ...]) -> list[Tensor | None]:
+    """dx, dw and dbias by the steps of a leaf; what programs have in parts must be for their sums alone."""
+    dx, dw, dbias = functions.launch_pointwise_backward(*args, *wants)
+    dtype, weight = args[1].dtype, args[3]
+    if dw is not None and dw.ndim == 2:
+        assert dw.dtype == torch.promote_types(dtype, torch.float32)
+        assert len(dw) * dw.shape[1] > weight.numel()
+        dw = functions.launch_pointwise_sums(dw, weight)
+    if dbias is not None and dbias.ndim == 2:
+        assert len(dbias) > 1
+        dbias = functions.launch_act_sums(None, None, dbias, None, None, dtype)[2]
+    return [dx, dw, dbias]
+
+
 def check(args: tuple[Any, ...], wants: tuple[bool, ...], device: str) -> list[Tensor | None]:
     """Against float64: a rounding of the result, and roundings in float32 of the terms, which may cancel."""
     dy, y, x, weight, act, gain, clamp = args
     assert leaf(device).supports_pointwise_backward(*args, *wants) is None
-    found = leaf(device).launch_pointwise_backward(*args, *wants)
+    found = gradients(leaf(device), args, wants)
     exact = [value.double() for value in (dy, y, x, weight)]
     limit = None if clamp is None else float(torch.tensor(clamp, dtype=y.dtype))
     sizes = [exact[0].abs(), exact[1], exact[2].abs(), exact[3].abs()]
-    want, size = (spec_leaf.pointwise_backward(*t, act, gain, limit, *wants) for t in (exact, sizes))
+    spec = spec_leaf.steps("modulated_conv2d")
+    want, size = (gradients(spec, (*t, act, gain, limit), wants) for t in (exact, sizes))
     pixels = y.numel() // y.shape[1]
     for got, value, terms, count, wanted in zip(found, want, size, (y.shape[1], pixels, pixels), wants, strict=True):
         assert (got is None) == (not wanted)
@@ -127,12 +143,29 @@ def test_nothing_but_what_is_wanted(wants: tuple[bool, ...], per_sample: bool, d
         "contiguous channels_last contiguous",
         "strided strided strided",
         "channels_last channels_last strided",
+        "channels_last channels_last contiguous",
     ],
 )
 def test_other_layouts(layouts: str, device: str, nan_empty: None) -> None:
     for case, per_sample in itertools.product([*CASES[:2], *CASES[4:6], *CASES[-2:]], [False, True]):
         for wants in ALL, (False, True, True):
             check(arguments(case, torch.float32, layouts, EPILOGUES[0], per_sample, device), wants, device)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("clamp", [None, 0.9])
+def test_the_gradient_of_an_rgb_image_is_read_as_it_is(clamp: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image that a generator returns is contiguous, and so is its gradient; what its layers draw is not."""
+    launch = leaf("cpu").launch_pointwise_backward
+    module = importlib.import_module("clone_fast.kernels._pointwise_backward")
+    last = "channels_last channels_last contiguous"
+    args = arguments((2, 32, 3, 9, 7), torch.float16, last, ("linear", 1.0, clamp), True, "cpu")
+    given: list[Any] = []
+    kernel = {(2, 1): lambda *args, **_: given.extend(args)}  # by the grid
+    monkeypatch.setattr(module, "few_outputs_kernel", kernel)
+    launch(*args, *ALL)
+    dy, y, x = (image.data_ptr() for image in args[:3])
+    assert [image.data_ptr() for image in given[:3]] == [dy, dy if clamp is None else y, x]
 
 
 @pytest.mark.parametrize("device", WHERE)
@@ -182,7 +215,7 @@ def test_stylegan_images(case: tuple[int, ...], per_sample: bool, nan_empty: Non
     for dtype, wants in (*zip(FLOATS, [ALL] * 3, strict=True), (torch.bfloat16, (True, False, False))):
         args = arguments(case, dtype, last, EPILOGUES[0 if case[1] == 3 else -1], per_sample, "cuda")
         found = check(args, wants, "cuda")
-        again = leaf("cuda").launch_pointwise_backward(*args, *wants)
+        again = gradients(leaf("cuda"), args, wants)
         for one, other in zip(found, again, strict=True):
             assert one is None or torch.equal(one, other)
 
@@ -197,7 +230,8 @@ def test_more_elements_than_32_bits_count(nan_empty: None) -> None:
             for value in arguments((1, inputs, outputs, 2048, 2048), torch.bfloat16, last, EPILOGUES[0], False, "cuda")
         )
         nine = [image.expand(9, -1, -1, -1).contiguous(memory_format=torch.channels_last) for image in (dy, y, x)]
-        dx, dw, dbias = leaf("cuda").launch_pointwise_backward(*nine, weight, *rest, *ALL)
+        dx, dw, dbias = gradients(leaf("cuda"), (*nine, weight, *rest), ALL)
+        assert dx is not None
         alone, *sums = check((dy, y, x, weight, *rest), ALL, "cuda")
         assert all(torch.equal(image[None], alone) for image in dx)
         for got, one in zip((dw, dbias), sums, strict=True):
@@ -251,11 +285,11 @@ def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("shape", "noise", "want", "steps"),
     [
-        ([8, 3, 1, 1], False, "x weight bias", ["pointwise_backward"]),
+        ([8, 3, 1, 1], False, "x weight bias", ["pointwise_backward", "act_sums", "pointwise_sums"]),
         ([3, 8, 1, 1], False, "x", ["pointwise_backward"]),
-        ([3, 8, 1, 1], True, "weight", ["pointwise_backward"]),  # noise that wants nothing
+        ([3, 8, 1, 1], True, "weight", ["pointwise_backward", "pointwise_sums"]),  # noise that wants nothing
         ([3, 8, 1, 1], True, "x noise", ["act_backward", "act_sums", "conv"]),
-        ([8, 3, 1, 1], False, "bias", ["pointwise_backward"]),
+        ([8, 3, 1, 1], False, "bias", ["pointwise_backward", "act_sums"]),
         ([8, 8, 1, 1], False, "x weight", ["act_backward", "wgrad", "conv"]),
         ([3, 8, 3, 3], False, "x weight", ["act_backward", "wgrad", "conv"]),
     ],
@@ -270,6 +304,47 @@ def test_when_it_is_taken(shape: list[int], noise: bool, want: str, steps: list[
     steps_taken.clear()
     y.sum().backward()
     assert steps_taken == steps
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("height", [1, 3])
+def test_only_sums_of_several_programs_are_added(height: int, n: int, own: bool, steps_taken: list[str]) -> None:
+    x, y, dy = torch.randn(n, 8, height, 4), torch.randn(n, 3, height, 4), torch.randn(n, 3, height, 4)
+    weight, bias = torch.randn(*([n] if own else []), 3, 8, 1, 1), torch.randn(3)
+    args = (x, weight, None, None, bias, None, 1, 1, "linear", 1.0, None, [True, True, False, False, True])
+    steps_taken.clear()
+    _, dw, _, _, dbias = torch.ops.clone_fast.modulated_conv2d_backward(dy, y, *args, "triton")
+    torch.testing.assert_close(dbias, dy.sum([0, 2, 3]))
+    each = torch.einsum("nohw,nihw->noi", dy, x)[..., None, None]
+    torch.testing.assert_close(dw, each if own else each.sum(0))
+    sums = ["act_sums"] * (n * height > 1) + ["pointwise_sums"] * (height > 1 or (n > 1 and not own))
+    assert steps_taken == ["pointwise_backward", *sums]
+
+
+def test_nothing_waits_for_the_sums(steps_taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the weight may stay on the lane that made the weights, those of the bias on that of the tables."""
+    module = sys.modules["clone_fast.ops.convolution_gradients"]
+    left: list[tuple[Tensor, list[str]]] = []
+
+    def left_beside(device: Any, lane: str, of: Sequence[Tensor], run: Any, meanwhile: Any, reads: Any) -> Any:
+        before = len(steps_taken)
+        found = run()
+        (one,) = of
+        left.append((one, steps_taken[before:]))
+        assert [tensor.ndim for tensor in reads] == [2]  # sums, and no image that would be kept for them
+        return found, meanwhile()
+
+    monkeypatch.setattr(module, "left_beside", left_beside)
+    dy, y, x = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.randn(2, 8, 4, 4)
+    weight, bias = torch.randn(2, 3, 8, 1, 1), torch.randn(3)
+    wanted = [True, True, False, False, True]
+    module.convolution_gradients(
+        "triton", dy, y, x, weight, None, None, bias, None, 1, 1, "linear", 1.0, None, wanted
+    )
+    assert [steps for _, steps in left] == [["act_sums"], ["pointwise_sums"]]
+    assert left[0][0] is bias
+    assert left[1][0] is weight
 
 
 @pytest.mark.parametrize("device", WHERE)
@@ -298,7 +373,7 @@ def test_reasons(device: str) -> None:
 
 
 def every_launch() -> None:
-    launch = leaf("cuda").launch_pointwise_backward
+    module = leaf("cuda")
     layers = [(10, 3, 32, 1024), (10, 3, 64, 512), (1, 3, 512, 16), (1, 4, 32, 64)]
     layers += [(5, 32, 3, 1024), (1, 64, 3, 512), (1, 512, 3, 4), (10, 512, 3, 64)]
     for (n, inputs, outputs, size), dtype in itertools.product(layers, [torch.bfloat16, torch.float32]):
@@ -307,11 +382,13 @@ def every_launch() -> None:
         weight = meta(*own, outputs, inputs, 1, 1, dtype=dtype)
         for wants in ALL, (True, False, False), (False, True, True):
             for act, clamp in (("linear", None), ("linear", 256.0)) if own else (("lrelu", None), ("lrelu", 256.0)):
-                launch(y, y, x, weight, act, 1.4, clamp, *wants)
+                dy = meta(n, outputs, size, size, dtype=dtype, channels_last=False) if own else y
+                gradients(module, (dy, y, x, weight, act, 1.4, clamp), wants)
 
 
 def test_compiles_for_sm_90() -> None:
     kernels = compiled_launches(__file__, "every_launch")
-    assert {kernel.name for kernel in kernels} == {"few_inputs_kernel", "few_outputs_kernel", "add_shares"}
+    names = {"few_inputs_kernel", "few_outputs_kernel", "add_shares", "_add_sums"}
+    assert {kernel.name for kernel in kernels} == names
     for kernel in kernels:
         assert kernel.spilled == 0, kernel

@@ -1,7 +1,7 @@
 """The derivatives of modulated_conv2d on finished weights: the first from the steps that the leaves offer.
 
 g = dy * gain * slope, and its sums to bias and noise      one pass over dy and y
-1x1, with few channels on one side: all in one pass over dy, y and x
+1x1, with few channels on one side: all in one pass over dy, y and x, but for sums of its programs
 plain: dx = conv of g with the transposed weight; dw = correlation of x and g
 up:    h = adjoint FIR of g; dx = conv of h with stride 2; dw = correlation of h and x
 down:  dx = adjoint FIR of (transposed conv of g); dw = correlation of FIR(x) and g
@@ -57,8 +57,8 @@ def convolution_gradients(
         pointwise = (dy, y, x, weight, act, gain, clamp, want_dx, want_dw, want_sums[2])
         found = step_if_any("modulated_conv2d", "pointwise_backward", backend, *pointwise)
         if found is not None:
-            dx, dw, dbias = found
-            return [dx, dw, None, None, dbias]
+            dx, *parts = found
+            return [dx, *_pointwise_summed(backend, parts, weight, bias)]
 
     def step(name: str, *args: Any) -> Any:
         return launch_step("modulated_conv2d", name, backend, *args)
@@ -159,6 +159,28 @@ def _summed(
 
     of, reads = zip(*wanted, strict=True)
     return left_beside(reads[0].device, "sums", of, add_up, rest, reads)
+
+
+def _pointwise_summed(
+    backend: str, parts: Sequence[Tensor | None], weight: Tensor, bias: Tensor | None
+) -> list[Tensor | None]:
+    """Gradients to weight, noise, noise_strength and bias, of what the pass over a 1x1 convolution left of them: sums
+    of its programs, or all there is where one program did it."""
+    of_weight, of_bias = parts
+
+    def add_up() -> Tensor:  # in the weight's memory order, as `_both` says
+        return like(launch_step("modulated_conv2d", "pointwise_sums", backend, of_weight, weight), weight)
+
+    def weight_gradient() -> Tensor | None:
+        if of_weight is None or of_weight.shape == weight.shape:
+            return of_weight
+        return left_beside(weight.device, "wgrad", [weight], add_up, lambda: None, [of_weight])[0]
+
+    if of_bias is None or of_bias.ndim == 1:
+        return [weight_gradient(), None, None, of_bias]
+    # a step of its own for each: what made the weights and what made the tables are two lanes
+    sums, dw = _summed(backend, (None, None, of_bias), None, None, bias, weight_gradient)
+    return [dw, *sums]
 
 
 def _both(

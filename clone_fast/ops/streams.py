@@ -23,7 +23,9 @@ First = TypeVar("First")
 Second = TypeVar("Second")
 Made = TypeVar("Made", Tensor, tuple[Tensor, ...])
 
-SMALL = 48 << 20  # bytes of an image: what is larger fills a GPU by itself, and its memory is wanted
+# Bytes of an image: what is larger fills a GPU by itself, and its memory is wanted. The largest of one photo, of
+# 1024x1024x32 in half precision and of 512x512x64 in float32, are 64 MB, and those of a batch of five 84 and more.
+SMALL = 72 << 20
 
 _lanes: dict[tuple[torch.device, int, str], torch.cuda.Stream] = {}
 _kept: dict[torch.cuda.Stream, list[Tensor]] = {}  # what a lane reads in the capture that is under way
@@ -164,7 +166,7 @@ def left_beside(
     return _launched(other, torch.cuda.current_stream(device), reads, run), meanwhile()
 
 
-def aside(device: torch.device, lane: str, run: Callable[[], Tensor], reads: Sequence[Tensor]) -> Tensor:
+def aside(device: torch.device, lane: str, run: Callable[[], First], reads: Sequence[Tensor]) -> First:
     """What `run` makes, in a capture on this lane, for which nothing waits but `joined`.
 
     reads: all that `run` and its gradient read of the current stream's. Where it is not `SMALL`, that one waits for the
