@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clone_fast.descent import Descent
 from clone_fast.errors import SettingsError
-from clone_fast.losses import discriminator_adversarial, generator_adversarial, r1_penalty
+from clone_fast.losses import added, discriminator_adversarial, generator_adversarial, r1_penalty, weighted
 from clone_fast.nn import Discriminator, Generator, Precision
 from clone_fast.settings import TweakSettings
 
@@ -108,12 +108,14 @@ class Adversary:
         fake = images.detach().requires_grad_(self.one_pass)
         below: list[Tensor] = []
         real_logits, fake_logits = self.compare(real, fake, label, below.append if self.one_pass else None)
-        loss = real.new_zeros([])
+        minimised = []
         if local and s.adversarial_weight > 0:
-            loss = loss + s.adversarial_weight * discriminator_adversarial(real_logits[:1], fake_logits[:1])
+            of_clone = discriminator_adversarial(real_logits[:1], fake_logits[:1])
+            minimised.append(weighted(s.adversarial_weight, of_clone))
         if s.cohesion_weight > 0:
-            loss = loss + s.cohesion_weight * discriminator_adversarial(real_logits[local:], fake_logits[local:])
-        objective = loss
+            of_others = discriminator_adversarial(real_logits[local:], fake_logits[local:])
+            minimised.append(weighted(s.cohesion_weight, of_others))
+        objective = loss = added(minimised)
         if penalised:
             scale = self.precision.loss_scale
             penalty = r1_penalty(lambda images: self.judge(images, label), real, scale=scale)
@@ -124,7 +126,7 @@ class Adversary:
             return loss.detach(), self._terms(self.judge(images, label), local)
         terms = self._terms(fake_logits, local)
         (features,) = below
-        (wanted,) = torch.autograd.grad(torch.stack(list(terms.values())).sum(), features, retain_graph=True)
+        (wanted,) = torch.autograd.grad(added(terms.values()), features, retain_graph=True)
         features.retain_grad()
         self.descent.step(objective, rate)
         self.discriminator.requires_grad_(False)
@@ -140,9 +142,11 @@ class Adversary:
         """What G minimises, of the logits of its images."""
         s, terms = self.settings, dict[str, Tensor]()
         if local and s.adversarial_weight > 0:
-            terms["local"] = s.adversarial_weight * generator_adversarial(logits[:1], saturating=s.saturating)
+            of_clone = generator_adversarial(logits[:1], saturating=s.saturating)
+            terms["local"] = weighted(s.adversarial_weight, of_clone)
         if s.cohesion_weight > 0:
-            terms["global"] = s.cohesion_weight * generator_adversarial(logits[local:], saturating=s.saturating)
+            of_others = generator_adversarial(logits[local:], saturating=s.saturating)
+            terms["global"] = weighted(s.cohesion_weight, of_others)
         return terms
 
     def compare(

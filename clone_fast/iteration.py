@@ -14,7 +14,7 @@ from clone_fast.capture import Board, Captured, alike, rehearse
 from clone_fast.descent import Descent
 from clone_fast.draws import Draws, Wanted
 from clone_fast.latent import Latent
-from clone_fast.losses import Reconstruction, Similarity, paired_cohesion
+from clone_fast.losses import Reconstruction, Similarity, added, paired_cohesion
 from clone_fast.nn import Discriminator, Generator, Precision, settled
 from clone_fast.ops.streams import aside, joined
 from clone_fast.progress import quick_psnr, ramp
@@ -48,7 +48,7 @@ class Tweak:
         s = settled(settings, photo.device)
         self.settings, self.label, self.photo = s, label, torch.empty_like(photo)
         self.latent = Latent(torch.empty_like(latent.ws), {k: torch.empty_like(v) for k, v in latent.noise.items()})
-        self.reconstruction = Reconstruction(self.photo, similarity=similarity)
+        self.reconstruction = Reconstruction(self.photo, similarity=similarity, weight=s.reconstruction_weight)
         self.original, self.precision = generator, Precision.named(s.precision)
         self.generator = copy.deepcopy(generator).train().requires_grad_(False)
         self.generator.synthesis.requires_grad_(True)
@@ -157,15 +157,18 @@ class Tweak:
 
     def _iterate(self, local: bool, penalised: bool) -> None:
         """All that an iteration does, on static memory: what a graph replays. penalised: whether R1 joins."""
-        s, rate = self.settings, self.draws.table["rate"]
+        s, table, device = self.settings, self.draws.table, self.photo.device
+        # beside the networks, as is all that only a step of Adam or a later iteration needs
+        rate = aside(device, "measure", lambda: table["rate"], reads=[])
         images, before, label, edited, wanted = self._draw(local)
+        joined(device, "measure")
         values: dict[str, Tensor] = {}
         terms: dict[str, Tensor] = {}
         if local:
             clone = _first(images, 1)
             # beside the loss, which does not need it
-            values["psnr"] = aside(clone.device, "measure", partial(quick_psnr, clone, self.photo), reads=[clone])
-            terms["recon"] = s.reconstruction_weight * self.reconstruction(clone)
+            values["psnr"] = aside(device, "measure", partial(quick_psnr, clone, self.photo), reads=[clone])
+            terms["recon"] = self.reconstruction(clone)
         if self.adversary is not None and s.judges(local):
             real = before if self.pool is None else self.real[: len(before)]
             if local:
@@ -173,15 +176,19 @@ class Tweak:
             values["loss_d"], judged = self.adversary.turn(real, images, label, local, rate, penalised)
             terms |= judged
         if s.others and s.paired_weight > 0:
-            terms["paired"] = s.paired_weight * paired_cohesion(images[local:], before)
+            terms["paired"] = paired_cohesion(images[local:], before, weight=s.paired_weight)
         if s.edits and local:
-            terms["edit"] = s.edit_weight * paired_cohesion(edited, wanted)
-        loss = torch.stack(list(terms.values())).sum()
-        self.descent.step(loss, rate)
-        self.draws.table.advance()
+            terms["edit"] = paired_cohesion(edited, wanted, weight=s.edit_weight)
+        loss = added(terms.values())
         values = {"loss": loss, **values, **terms}
-        joined(loss.device, "measure")
-        self.board.write(values)
+
+        def note() -> None:
+            self.board.write(values)
+            table.advance()
+
+        aside(device, "measure", note, reads=list(values.values()))
+        self.descent.step(loss, rate)
+        joined(device, "measure")
         self.names[local] = tuple(values)
 
     def _draw(self, local: bool | int) -> Drawn:
@@ -237,7 +244,8 @@ def _synthesise(
     settings: TweakSettings,
 ) -> Tensor:
     """Images of ws [n, num_ws, w_dim], of all lists in turn; those in `own` and `moved` have the photo's noise maps."""
-    ws, consts = torch.cat([*own, *rest, *moved]), generator.synthesis.noise_consts()
+    lists = [*own, *rest, *moved]
+    ws, consts = lists[0] if len(lists) == 1 else torch.cat(lists), generator.synthesis.noise_consts()
     noise = dict(maps) if own + moved and len(ws) == 1 else {}
     if own + moved and len(ws) > 1:
         for name, mine in maps.items():

@@ -7,8 +7,8 @@ scalar, the mean over its samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,16 @@ def pyramid_levels(resolution: int) -> int:
     return max(1, min(6, resolution.bit_length() - 2))
 
 
+def weighted(weight: float, value: Tensor) -> Tensor:
+    """weight * value, which costs nothing where the weight is 1."""
+    return value if weight == 1 else weight * value
+
+
+def added(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of some terms; of a single one that itself, on the way back, too."""
+    return reduce(torch.add, terms)
+
+
 class Reconstruction:
     """L_recon: Laplacian pyramid loss of clone and photo, plus a mean square error.
 
@@ -37,25 +47,28 @@ class Reconstruction:
         photo: [1, C, R, R], the target.
         mse_weight: factor of the mean square error.
         similarity: a loss of one's own, (image, photo) -> scalar, in place of both.
+        weight: factor of all.
     """
 
-    def __init__(self, photo: Tensor, *, mse_weight: float = 1.0, similarity: Similarity | None = None) -> None:
+    def __init__(
+        self, photo: Tensor, *, mse_weight: float = 1.0, similarity: Similarity | None = None, weight: float = 1.0
+    ) -> None:
         self.photo = photo
-        self.levels = pyramid_levels(photo.shape[-1])
         self.mse_weight = mse_weight
         self.similarity = similarity
+        self.weight = weight
 
     def __call__(self, image: Tensor) -> Tensor:
         if self.similarity is not None:
-            return self.similarity(image, self.photo)
+            return weighted(self.weight, self.similarity(image, self.photo))
         squares, loss = beside(
             image.device,
             "squares",
-            partial(F.mse_loss, image, self.photo),
-            partial(laplacian_pyramid_loss, image, self.photo, levels=self.levels),
+            lambda: weighted(self.weight * self.mse_weight, F.mse_loss(image, self.photo)),
+            partial(_pyramid_loss, image, self.photo, self.weight),
             reads=[image],
         )
-        return loss + self.mse_weight * squares
+        return loss + squares
 
 
 class LaplacianPyramidLoss(nn.Module):
@@ -110,16 +123,24 @@ def generator_adversarial(fake_logits: Tensor, *, saturating: bool = False) -> T
     return -F.softplus(fake_logits).mean() if saturating else F.softplus(-fake_logits).mean()
 
 
-def paired_cohesion(after: Tensor, before: Tensor) -> Tensor:
+def paired_cohesion(after: Tensor, before: Tensor, *, weight: float = 1.0) -> Tensor:
     """Distance over the pyramid of what the tweaked and the original G draw for the same latents.
 
     Sum over the levels of the mean of sqrt(d^2 + s^2) - s, the Charbonnier form of the absolute difference d: the two
     start equal, where the gradient of |d| would be the sign of rounding errors at full weight.
 
     Not part of the paper, whose cohesion ties the distributions of images, not the image of each latent.
+
+    weight: factor of it.
     """
     levels = pyramid_levels(after.shape[-1])
-    return laplacian_pyramid_loss(after, before, levels=levels, charbonnier=SOFT) - levels * SOFT
+    return _pyramid_loss(after, before, weight, charbonnier=SOFT) - weight * levels * SOFT
+
+
+def _pyramid_loss(x: Tensor, y: Tensor, weight: float, charbonnier: float | None = None) -> Tensor:
+    """With this factor, which costs nothing as one of every level."""
+    levels = pyramid_levels(x.shape[-1])
+    return laplacian_pyramid_loss(x, y, levels=levels, weights=[float(weight)] * levels, charbonnier=charbonnier)
 
 
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, *, scale: float = 1.0) -> Tensor:

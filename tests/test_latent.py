@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from launches import Launches
 from tiny import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from clone_fast.descent import FusedAdam
+from clone_fast.descent import Descent, FusedAdam
 from clone_fast.errors import DivergenceError, SettingsError
 from clone_fast.latent import Latent, LatentSettings, Outcome, optimise
-from clone_fast.latent.optimise import noise_structure
+from clone_fast.latent.optimise import Search, noise_structure
 from clone_fast.nn import Generator, Network
 from clone_fast.progress import Record, quick_psnr
 
@@ -209,23 +210,54 @@ def test_the_regularisation_keeps_structure_out_of_the_maps() -> None:
     structure = []
     for weight in (0.0, 1e5):
         noise = run(net, noise_maps=True, noise_regularization=weight, steps=40).latent.noise
-        structure.append(sum(float(noise_structure(value)) for value in noise.values()))
+        structure.append(float(noise_structure(list(noise.values()))))
     assert structure[1] < 0.2 * structure[0]
 
 
-@pytest.mark.parametrize("size", [4, 8, 16, 32])
-def test_noise_structure_is_the_squared_autocorrelation_over_the_pyramid(size: int) -> None:
-    noise = torch.randn(size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    level, want = noise.numpy(), 0.0
-    while True:
-        side = len(level)
-        for dy, dx in ((0, 1), (1, 0)):
-            pairs = [level[y, x] * level[(y - dy) % side, (x - dx) % side] for y in range(side) for x in range(side)]
-            want += np.mean(pairs) ** 2
-        if side <= 8:
-            break
-        level = level.reshape(side // 2, 2, side // 2, 2).mean(axis=(1, 3))
-    assert float(noise_structure(noise)) == pytest.approx(want, rel=1e-10)
+@pytest.mark.parametrize("sizes", [[4], [8], [16], [32], [4, 8, 8, 32, 32], [64, 16]], ids=str)
+def test_noise_structure_is_the_squared_autocorrelation_over_the_pyramid(sizes: list[int]) -> None:
+    source = torch.Generator().manual_seed(1)
+    maps = [torch.randn(size, size, generator=source, dtype=torch.float64).requires_grad_() for size in sizes]
+    want = 0.0
+    for noise in maps:
+        level = noise.detach().numpy()
+        while True:
+            side = len(level)
+            places = [(y, x) for y in range(side) for x in range(side)]
+            for dy, dx in ((0, 1), (1, 0)):
+                want += np.mean([level[y, x] * level[(y - dy) % side, (x - dx) % side] for y, x in places]) ** 2
+            if side <= 8:
+                break
+            level = level.reshape(side // 2, 2, side // 2, 2).mean(axis=(1, 3))
+    assert noise_structure(maps).item() == pytest.approx(want, rel=1e-10)
+    if max(sizes) <= 16:
+        assert torch.autograd.gradcheck(lambda *maps: noise_structure(maps), maps, fast_mode=True)
+
+
+def test_the_structure_of_all_maps_of_config_f_takes_few_launches() -> None:
+    maps = [torch.empty(2**i, 2**i, device="meta") for i in range(2, 11) for _ in range(1 + (i > 2))]
+    with Launches() as launches:
+        noise_structure(maps)
+    assert launches.total <= 75, launches.found
+
+
+@pytest.mark.parametrize("noise_maps", [False, True])
+def test_behind_the_step_come_the_maps_alone(noise_maps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a lane has done meanwhile is not waited for: the board, the next row."""
+    net = tiny.network()
+    work = Search(net.generator, PHOTO, settings(noise_maps=noise_maps), start=None, seed=0)
+    launches, step = Launches(), Descent.step
+
+    def watched(self: Descent, *args: Tensor) -> None:
+        step(self, *args)
+        launches.__enter__()
+
+    monkeypatch.setattr(Descent, "step", watched)
+    work.step()
+    launches.__exit__(None, None, None)
+    assert launches.total == (4 * len(work.maps) if noise_maps else 0), launches.found
+    assert work.table.index.item() == 1
+    assert bool(work.board.values.isfinite().all())
 
 
 # ---- the generator, the seed -----------------------------------------------------------------------------------------

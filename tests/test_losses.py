@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from launches import counted
 from tiny import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -23,12 +24,14 @@ from clone_fast.losses import (
     SOFT,
     LaplacianPyramidLoss,
     Reconstruction,
+    added,
     discriminator_adversarial,
     generator_adversarial,
     paired_cohesion,
     path_length_penalty,
     pyramid_levels,
     r1_penalty,
+    weighted,
 )
 from clone_fast.ops import laplacian_pyramid
 from clone_fast.reference import convolution
@@ -125,6 +128,49 @@ def test_paired_cohesion_is_its_formula_band_by_band(scale: float, dtype: torch.
     assert got.item() == pytest.approx(want.item(), rel=30 * rounding, abs=4 * SOFT * 2 * rounding)
     (slope,), (exact_slope,) = torch.autograd.grad(got, after), torch.autograd.grad(want, exact)
     torch.testing.assert_close(slope.double(), exact_slope, rtol=0, atol=40 * rounding * float(exact_slope.abs().max()))
+
+
+# ---- weights and sums ------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_of_one_and_a_sum_of_one_are_what_there_was() -> None:
+    value, other = rand(1)[0], rand(1, seed=1)[0]
+    assert weighted(1, value) is weighted(1.0, value) is added([value]) is value
+    assert weighted(0.5, value).item() == 0.5 * value.item()
+    assert weighted(0, value).item() == 0
+    assert added(iter([value, other, value])).item() == pytest.approx(2 * value.item() + other.item(), rel=1e-15)
+
+
+@pytest.mark.parametrize("weight", [0, 0.3, 1, 400.0])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda image, photo, **weight: Reconstruction(photo, **weight)(image),
+        lambda image, photo, **weight: Reconstruction(photo, mse_weight=3.0, **weight)(image),
+        lambda image, photo, **weight: Reconstruction(photo, similarity=F.l1_loss, **weight)(image),
+        paired_cohesion,
+    ],
+    ids=["reconstruction", "with another mean square", "similarity", "paired"],
+)
+def test_the_weight_of_a_loss_is_a_factor(loss: Callable[..., Tensor], weight: float) -> None:
+    photo, image = rand(1, 3, 16, 16, seed=1), rand(1, 3, 16, 16, seed=2).requires_grad_()
+    got, want = loss(image, photo, weight=weight), weight * loss(image, photo)
+    assert got.item() == pytest.approx(want.item(), rel=1e-12, abs=1e-12)
+    for one, other in zip(torch.autograd.grad(got, image), torch.autograd.grad(want, image), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(("weight", "beside"), [(1.0, 0), (400.0, 2)])
+def test_little_stands_between_an_image_and_its_gradient(weight: float, beside: int) -> None:
+    """beside: what a weight costs, on the lane of the mean square, forward and back."""
+    with torch.device("meta"):
+        photo, image = torch.empty(1, 3, 64, 64), torch.empty(1, 3, 64, 64, requires_grad=True)
+    with counted() as launches:
+        added([Reconstruction(photo, weight=weight)(image)]).backward()
+    pyramid = {"clone_fast::laplacian_pyramid": 1, "clone_fast::laplacian_pyramid_backward": 1}
+    squares = {"aten::mse_loss": 1, "aten::mse_loss_backward": 1} | ({"aten::mul": beside} if beside else {})
+    sums = {"aten::add": 2}  # of the two losses, and of their gradients
+    assert dict(launches.found) == pyramid | squares | sums | {"aten::ones_like": 1}
 
 
 # ---- the pyramid loss as a module --------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from launches import Launches
 from tiny import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor
 
@@ -269,6 +270,25 @@ def test_recon_mode_is_the_reconstruction_alone() -> None:
     assert set(values) == {"loss", "recon", "psnr"}
     assert values["loss"].item() == values["recon"].item() == pytest.approx(want.item(), rel=1e-5)
     assert work.adversary is None
+
+
+@pytest.mark.parametrize("mode", ["recon", "clone"])
+def test_nothing_comes_behind_the_step(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a lane has done meanwhile is not waited for: the board, the next row."""
+    net = tiny.network()
+    work = Tweak(net.generator, net.discriminator, tiny.latent(net), PHOTO, tiny.settings(mode=mode))
+    launches, step = Launches(), work.descent.step
+
+    def watched(*args: Tensor) -> None:
+        step(*args)
+        launches.__enter__()
+
+    monkeypatch.setattr(work.descent, "step", watched)
+    values = work.step(1)
+    launches.__exit__(None, None, None)
+    assert launches.total == 0, launches.found
+    assert work.draws.table.index.item() == 1
+    assert all(bool(value.isfinite()) for value in values.values())
 
 
 def test_the_indicator_joins_with_its_probability() -> None:

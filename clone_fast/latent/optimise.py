@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +20,7 @@ from clone_fast.capture import ROWS, Board, Captured, Table, alike, rehearsing
 from clone_fast.descent import Descent
 from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent.latent import Latent
-from clone_fast.losses import Reconstruction, Similarity
+from clone_fast.losses import Reconstruction, Similarity, weighted
 from clone_fast.memory import full, without_frames
 from clone_fast.nn import Generator, Precision, frozen, settled
 from clone_fast.ops.streams import aside, joined
@@ -105,16 +106,20 @@ def lpips_similarity(device: torch.device) -> Similarity:
     return lambda image, photo: model(image, photo).mean()
 
 
-def noise_structure(noise: Tensor) -> Tensor:
-    """How far a map [r, r] is from white noise: squared autocorrelation at distance 1, over its pyramid down to 8x8."""
-    total = noise.new_zeros([])
-    level = noise[None, None]
-    while True:
-        for axis in (2, 3):
-            total = total + (level * level.roll(1, dims=axis)).mean().square()
-        if level.shape[2] <= 8:
-            return total
-        level = F.avg_pool2d(level, 2)
+def noise_structure(maps: Sequence[Tensor]) -> Tensor:
+    """How far maps [r, r] are from white noise: squared autocorrelation at distance 1, over their pyramids down to 8x8,
+    added up. Levels of one size are a batch, or they would be hundreds of launches."""
+    sizes: dict[int, list[Tensor]] = {}
+    for one in maps:
+        sizes.setdefault(len(one), []).append(one[None])
+    found = []
+    while sizes:
+        size = max(sizes)
+        level = torch.cat(sizes.pop(size))
+        found += [(level * level.roll(1, dims=axis)).mean(dim=[1, 2]) for axis in (1, 2)]
+        if size > 8:
+            sizes.setdefault(size // 2, []).append(F.avg_pool2d(level[:, None], 2)[:, 0])
+    return torch.cat(found).square().sum()
 
 
 @torch.no_grad()
@@ -220,24 +225,34 @@ class Search:
 
     def _iterate(self) -> None:
         """All that an iteration does, on static memory: what a graph replays."""
-        s = self.settings
+        s, device = self.settings, self.photo.device
+        # beside the network, as is all that only a step of Adam or a later iteration needs
+        rate = aside(device, "measure", lambda: self.table["rate"], reads=[])
+        structure = None
+        if s.noise_maps:
+            structure = aside(device, "structure", partial(noise_structure, list(self.maps.values())), reads=[])
         ws = (self.ws + self.table["jitter"]).expand(-1, self.generator.num_ws, -1)
         image = self.generator.synthesis(
             ws, noise_mode="const", noise=self.maps, dtype=self.precision.dtype, recompute=s.recompute
         )
+        joined(device, "measure")
+        psnr = aside(device, "measure", partial(quick_psnr, image, self.photo), reads=[image])
         loss = self.loss_of(image)
-        if s.noise_maps:
-            structure = [noise_structure(m) for m in self.maps.values()]
-            loss = loss + s.noise_regularization * torch.stack(structure).sum()
-        # beside the gradient, which does not need it
-        psnr = aside(image.device, "measure", partial(quick_psnr, image, self.photo), reads=[image])
-        self.descent.step(loss, self.table["rate"])
-        joined(image.device, "measure")
-        self.board.write({"loss": loss, "psnr": psnr})
+        if structure is not None:
+            joined(device, "structure")
+            loss = loss + weighted(s.noise_regularization, structure)
+
+        def note() -> None:
+            self.board.write({"loss": loss, "psnr": psnr})
+            self.table.advance()
+
+        aside(device, "measure", note, reads=[loss, psnr])
+        self.descent.step(loss, rate)
+        joined(device, "measure")
         with torch.no_grad():
             for m in [] if rehearsing() else self.tuned[1:]:  # keep the maps at zero mean and unit variance
-                m.sub_(m.mean()).mul_(m.square().mean().rsqrt())
-        self.table.advance()
+                variance, mean = torch.var_mean(m, correction=0)
+                m.sub_(mean).mul_(variance.rsqrt())
 
 
 @stepwise
