@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from clone_fast.capture import rehearsing
-from clone_fast.ops.streams import as_it_comes
+from clone_fast.ops.streams import as_it_comes, aside
 
 LARGE = 2**20  # elements of a weight whose step is worth launches of its own, beside the rest of the backward
 
@@ -96,9 +97,7 @@ class Descent:
         """
         for tensor in self.tensors:
             tensor.grad = None
-        with torch.no_grad():
-            for own, peak in zip(self.rates, self.peaks, strict=True):
-                torch.mul(rate, peak, out=own)
+        aside(loss.device, "descent", partial(self._set_rates, rate), reads=[rate])
         with as_it_comes(loss.device, "descent", self.early, self._move) as moved:
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if rehearsing():
@@ -109,6 +108,11 @@ class Descent:
         else:
             self.scaler.step(self.optimizer)  # type: ignore[arg-type]  # it asks for no more than this one has
             self.scaler.update()
+
+    @torch.no_grad()
+    def _set_rates(self, rate: Tensor) -> None:
+        for own, peak in zip(self.rates, self.peaks, strict=True):
+            torch.mul(rate, peak, out=own)
 
     def _move(self, *tensors: Tensor) -> None:
         self.optimizer.step(tensors)
