@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from clone_fast.nn.architecture import RESAMPLE_TAPS
 from clone_fast.ops import bias_act, is_fast, modulated_conv2d, setup_filter
 from clone_fast.ops.bias_act import ACTIVATIONS
+from clone_fast.ops.finished_weights import scaled_weight
 
 FP16_CLAMP = 256.0  # of activations in float16 where the architecture names none, as in NVIDIA's networks
 
@@ -107,6 +108,9 @@ class Conv2dLayer(nn.Module):
 
     The weights' factor goes through the activation, c * act(x) = act(c * x), into its gain, and costs no pass over
     them. Not in float16, whose range the unscaled sums might leave, and their gradients more so.
+
+    Where a layer does nothing but multiply it is the other way round: the gain goes into the weights, which have to be
+    converted anyway, and neither direction has an activation, whose gradient would be a pass over an image.
     """
 
     resample_filter: Tensor
@@ -137,22 +141,34 @@ class Conv2dLayer(nn.Module):
         """Whether the weights' factor goes into the activation's gain, and its inverse into the bias."""
         return ACTIVATIONS[self.activation].homogeneous and dtype != torch.float16
 
+    def _scaled(self, factor: float, dtype: torch.dtype) -> Tensor:
+        """The weights times a factor in dtype, rounded once: float16 has room for the product, not for each of both."""
+        if is_fast(self.weight.device):
+            return scaled_weight(self.weight, factor, dtype)
+        return (self.weight.to(at_least_float32(dtype)) * factor).to(dtype)
+
     def forward(self, x: Tensor, gain: float = 1.0, bias: Tensor | None = None) -> Tensor:
         """gain: on the result and its clamp. bias: this layer's, over weight_gain where it `folds`; None: made here."""
         folds, limit = self.folds(x.dtype), self.conv_clamp
         if self.activation != "linear":
             limit = limit_in(x.dtype, limit)
+        if self.activation == "linear" and self.bias is None and limit is None:
+            weight, gains = self._scaled(self.weight_gain * gain, x.dtype), 1.0
+        elif folds:
+            weight, gains = self.weight, self.act_gain * gain * self.weight_gain
+        else:
+            weight, gains = self.weight * self.weight_gain, self.act_gain * gain
         if bias is None and self.bias is not None:
             bias = self.bias * self.fan_in**0.5 if folds else self.bias
         return modulated_conv2d(
             x,
-            self.weight if folds else self.weight * self.weight_gain,
+            weight,
             None,
             down=self.down,
             resample_filter=self.resample_filter.float(),
             demodulate=False,
             bias=bias,
             act=self.activation,
-            gain=self.act_gain * gain * (self.weight_gain if folds else 1.0),
+            gain=gains,
             clamp=None if limit is None else limit * gain,
         )

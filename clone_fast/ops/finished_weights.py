@@ -1,4 +1,7 @@
-"""modulated_conv2d on finished weights, shared or per sample: the op that convolves, and its gradients."""
+"""modulated_conv2d on finished weights, shared or per sample: the op that convolves, and its gradients.
+
+And how a weight is finished that takes a factor and no styles.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 from clone_fast.ops.convolution_gradients import convolution_gradients, second_gradients
 from clone_fast.ops.dispatch import is_whole, launch_step
 from clone_fast.ops.registration import Recorded, as_result, composite_gradients, empty_result, like, register
+from clone_fast.ops.streams import made_beside
 from clone_fast.reference import modulated_conv2d as spec
 
 ARGUMENTS = (
@@ -157,3 +161,32 @@ _backward_op = register(
     gradients=_second_gradients,
     differentiable=[0, 2, 3, 4, 5],  # not y: what the backward takes from it are slopes, constant but for their kinks
 )
+
+
+def _run_scaled(_: str, weight: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    wide = weight.to(torch.promote_types(weight.dtype, dtype))
+    return torch.mul(wide, factor, out=torch.empty_like(wide, dtype=dtype))
+
+
+def _scaled_gradients(recorded: Recorded, grads: list[Tensor], wanted: list[int]) -> Sequence[Tensor | None]:
+    weight, factor, _ = recorded.args
+    return [_scaled_op(grads[0], factor, weight.dtype, recorded.backend)]
+
+
+_scaled_op = register(
+    "scaled_weight",
+    "(Tensor weight, float factor, ScalarType dtype) -> Tensor",
+    run=_run_scaled,
+    fake=lambda weight, factor, dtype: torch.empty_like(weight, dtype=dtype),
+    gradients=_scaled_gradients,
+    differentiable=[0],
+    dropped=[0],
+)
+
+
+def scaled_weight(weight: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """weight * factor in dtype, rounded once: PyTorch's conversion does both in one launch, on every backend.
+
+    On a lane, as `modulated_weights`: the weight's gradient, too, is nothing that the layers before this one wait for.
+    """
+    return made_beside(weight.device, "weights", lambda: _scaled_op(weight, factor, dtype, "reference"), [weight])
