@@ -31,6 +31,7 @@ def _conv_kernel(
     noise,
     strength,
     bias,
+    other,
     height,
     width,
     channels,
@@ -75,6 +76,7 @@ def _conv_kernel(
     STRENGTH: tl.constexpr,
     BIAS: tl.constexpr,
     CLAMP: tl.constexpr,
+    ADD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Tiles of rows x columns pixels; STEPS = ceil(channels / BK). See `convolve` for the meaning of the rest."""
@@ -121,6 +123,12 @@ def _conv_kernel(
     factor = loaded(strength, 0, True, gain, STRENGTH)
     total = taps * STEPS
     acc = tl.zeros((BH * BW, BN), dtype=tl.float32)
+    if ADD:
+        acc += tl.load(
+            other + n * y_n + (y_row * y_h + y_column * y_w)[:, None] + (o * y_c)[None, :],
+            mask=inside[:, None] & (o < out_channels)[None, :],
+            other=0.0,
+        )
     for step in range(split * total // SPLIT, (split + 1) * total // SPLIT):
         tap = step // STEPS
         c0 = (step % STEPS) * BK
@@ -282,6 +290,7 @@ def convolve(
         )
         return out
     common |= {
+        **finish.addition(y),
         "y_split": out.stride(0) if config.split > 1 else 0,
         "MODE": mode,
         "K": k,

@@ -164,19 +164,33 @@ def _pixels(y0, x0, m, phase_y, phase_x, height, width, MODE: gl.constexpr, PAD:
 
 
 @gluon.jit
+def _place(
+    n, y0, x0, o0, phase_y, phase_x, height, width, channels, y_n, y_c, y_h, y_w, MODE: gl.constexpr,
+    PAD: gl.constexpr, BM: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Where the elements of a tile of the result lie in memory, and which of them there are."""
+    m = gl.arange(0, BM, layout=gl.SliceLayout(1, LAYOUT))
+    o = o0 + gl.arange(0, BN, layout=gl.SliceLayout(0, LAYOUT))
+    row, column, inside = _pixels(y0, x0, m, phase_y, phase_x, height, width, MODE, PAD, BW)
+    at = n * y_n + (row * y_h + column * y_w)[:, None] + (o * y_c)[None, :]
+    return at, inside[:, None] & (o < channels)[None, :]
+
+
+@gluon.jit
 def _multiply(
-    a, b, full, empty, y, noise, strength, bias, tiles, images, tiles_n, tiles_x, tiles_y, splits, steps,
+    a, b, full, empty, y, noise, strength, bias, other, tiles, images, tiles_n, tiles_x, tiles_y, splits, steps,
     out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n, noise_h, noise_w, gain, clamp,
     HALF: gl.constexpr, MODE: gl.constexpr, K: gl.constexpr, PAD: gl.constexpr, TRANSPOSED_WEIGHT: gl.constexpr,
     BH: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, HALVES: gl.constexpr,
     STAGES: gl.constexpr, SLOPE: gl.constexpr, NOISE: gl.constexpr, STRENGTH: gl.constexpr, BIAS: gl.constexpr,
-    CLAMP: gl.constexpr,
+    CLAMP: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """One group of four warps: products, epilogue and result of its tile of every group of tiles."""
     BM: gl.constexpr = BH * BW
     ACC: gl.constexpr = accumulator_layout(BN, a.dtype.primitive_bitwidth)
     STORE: gl.constexpr = store_layout(BM, BN, y.dtype.element_ty.primitive_bitwidth)
     IN_TF32: gl.constexpr = a.dtype.primitive_bitwidth == 32
+    ADDEND: gl.constexpr = ACC if IN_TF32 else STORE  # of 8 bytes in a thread, and nothing spills, or of 16
     FACTOR: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=1)
     done = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -192,7 +206,14 @@ def _multiply(
         noise_value = _loaded(noise + n * noise_n, row * noise_h + column * noise_w, inside, gain, NOISE)
         bias_value = _loaded(bias, o, o < out_channels, gain, BIAS)
         factor = _loaded(strength, 0, True, gain, STRENGTH)
-        acc = gl.zeros([BM, BN], dtype=gl.float32, layout=ACC)
+        if ADD:  # the sum begins with it: there are no registers to hold it beside
+            at, written = _place(
+                n, y0, x0, o0, phase_y, phase_x, out_height, out_width, out_channels, y_n, y_c, y_h, y_w, MODE, PAD, BM,
+                BW, BN, ADDEND,
+            )  # fmt: skip
+            acc = gl.convert_layout(gl.load(other + at, mask=written, other=0.0), ACC).to(gl.float32)
+        else:
+            acc = gl.zeros([BM, BN], dtype=gl.float32, layout=ACC)
         for step in range(begin, end):
             stage = done % STAGES
             mbarrier.wait(full.index(stage), done // STAGES & 1)
@@ -220,11 +241,11 @@ def _multiply(
         bias_value = bias_value[None, :] if BIAS else bias_value
         acc = _activated(acc, noise_value, factor, bias_value, gain, clamp, SLOPE, NOISE, STRENGTH, BIAS, CLAMP)
         value = gl.convert_layout(acc.to(y.dtype.element_ty), STORE)
-        m = gl.arange(0, BM, layout=gl.SliceLayout(1, STORE))
-        o = o0 + gl.arange(0, BN, layout=gl.SliceLayout(0, STORE))
-        row, column, inside = _pixels(y0, x0, m, phase_y, phase_x, out_height, out_width, MODE, PAD, BW)
-        at = split * y_split + n * y_n + (row * y_h + column * y_w)[:, None] + (o * y_c)[None, :]
-        gl.store(y + at, value, mask=inside[:, None] & (o < out_channels)[None, :])
+        at, written = _place(
+            n, y0, x0, o0, phase_y, phase_x, out_height, out_width, out_channels, y_n, y_c, y_h, y_w, MODE, PAD, BM, BW,
+            BN, STORE,
+        )  # fmt: skip
+        gl.store(y + split * y_split + at, value, mask=written)
 
 
 SIZES = [
@@ -242,12 +263,12 @@ SIZES = [
 
 @gluon.jit(do_not_specialize=SIZES)
 def _conv_hopper_kernel(
-    x, x_odd, odd_x, odd_odd, w, y, noise, strength, bias, tiles, images, tiles_n, tiles_x, tiles_y, splits, steps,
-    out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n, noise_h, noise_w, gain, clamp,
+    x, x_odd, odd_x, odd_odd, w, y, noise, strength, bias, other, tiles, images, tiles_n, tiles_x, tiles_y, splits,
+    steps, out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n, noise_h, noise_w, gain, clamp,
     MODE: gl.constexpr, K: gl.constexpr, PAD: gl.constexpr, FLIP: gl.constexpr, PER_SAMPLE: gl.constexpr,
     TRANSPOSED_WEIGHT: gl.constexpr, BH: gl.constexpr, BW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     HALVES: gl.constexpr, STAGES: gl.constexpr, SLOPE: gl.constexpr, NOISE: gl.constexpr, STRENGTH: gl.constexpr,
-    BIAS: gl.constexpr, CLAMP: gl.constexpr,
+    BIAS: gl.constexpr, CLAMP: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """See `convolve` of `_conv`; steps: of BK channels."""
     a = gl.allocate_shared_memory(x.dtype, [HALVES * STAGES] + x.block_type.shape, x.layout)  # noqa: RUF005
@@ -261,16 +282,16 @@ def _conv_hopper_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (
-                    a, b, full, empty, y, noise, strength, bias, tiles, images, tiles_n, tiles_x, tiles_y, splits,
-                    steps, out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n,
+                    a, b, full, empty, y, noise, strength, bias, other, tiles, images, tiles_n, tiles_x, tiles_y,
+                    splits, steps, out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n,
                     noise_h, noise_w, gain, clamp, 0, MODE, K, PAD, TRANSPOSED_WEIGHT, BH, BW, BN, BK, 2, STAGES,
-                    SLOPE, NOISE, STRENGTH, BIAS, CLAMP,
+                    SLOPE, NOISE, STRENGTH, BIAS, CLAMP, ADD,
                 )),
                 (_multiply, (
-                    a, b, full, empty, y, noise, strength, bias, tiles, images, tiles_n, tiles_x, tiles_y, splits,
-                    steps, out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n,
+                    a, b, full, empty, y, noise, strength, bias, other, tiles, images, tiles_n, tiles_x, tiles_y,
+                    splits, steps, out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n,
                     noise_h, noise_w, gain, clamp, 1, MODE, K, PAD, TRANSPOSED_WEIGHT, BH, BW, BN, BK, 2, STAGES,
-                    SLOPE, NOISE, STRENGTH, BIAS, CLAMP,
+                    SLOPE, NOISE, STRENGTH, BIAS, CLAMP, ADD,
                 )),
                 (_copy, (
                     x, x_odd, odd_x, odd_odd, w, a, b, full, empty, tiles, images, tiles_n, tiles_x, tiles_y, splits,
@@ -285,10 +306,10 @@ def _conv_hopper_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (
-                    a, b, full, empty, y, noise, strength, bias, tiles, images, tiles_n, tiles_x, tiles_y, splits,
-                    steps, out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n,
+                    a, b, full, empty, y, noise, strength, bias, other, tiles, images, tiles_n, tiles_x, tiles_y,
+                    splits, steps, out_height, out_width, out_channels, y_split, y_n, y_c, y_h, y_w, noise_n,
                     noise_h, noise_w, gain, clamp, 0, MODE, K, PAD, TRANSPOSED_WEIGHT, BH, BW, BN, BK, 1, STAGES,
-                    SLOPE, NOISE, STRENGTH, BIAS, CLAMP,
+                    SLOPE, NOISE, STRENGTH, BIAS, CLAMP, ADD,
                 )),
                 (_copy, (
                     x, x_odd, odd_x, odd_odd, w, a, b, full, empty, tiles, images, tiles_n, tiles_x, tiles_y, splits,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +15,11 @@ from clone_fast.kernels._dense import SLOPES
 
 @dataclass(frozen=True)
 class Epilogue:
-    """y = clamp(gain * act(value + noise * strength + bias)); noise [H, W], [1, 1, H, W] or [N, 1, H, W]."""
+    """y = clamp(gain * act(value + other + noise * strength + bias)).
+
+    noise: [H, W], [1, 1, H, W] or [N, 1, H, W]. other: of y's size, any layout and dtype; for the kernels that take
+    `addition`.
+    """
 
     noise: Tensor | None = None
     strength: Tensor | None = None
@@ -22,6 +27,7 @@ class Epilogue:
     act: str = "linear"
     gain: float = 1.0
     clamp: float | None = None
+    other: Tensor | None = None
 
     def arguments(self, y: Tensor) -> dict[str, Any]:
         """The kernel arguments of `activated` in both kernels; y stands in for what is absent."""
@@ -43,6 +49,17 @@ class Epilogue:
             "BIAS": self.bias is not None,
             "CLAMP": self.clamp is not None,
         }
+
+    def addition(self, y: Tensor) -> dict[str, Any]:
+        """Further arguments, of the kernels that add an image, which they read where they write y: of its strides."""
+        return {"other": y if self.other is None else laid_as(self.other, y), "ADD": self.other is not None}
+
+
+def laid_as(value: Tensor, y: Tensor) -> Tensor:
+    """The same numbers with y's strides: itself, or a copy."""
+    strides = zip(value.stride(), y.stride(), y.shape, strict=True)
+    same = all(one == other for one, other, size in strides if size > 1)
+    return value if same else torch.empty_like(y, dtype=value.dtype).copy_(value)
 
 
 def strides(name: str, t: Tensor) -> dict[str, int]:

@@ -22,6 +22,7 @@ def _fir_kernel(
     noise,
     strength,
     bias,
+    other,
     parts,
     height,
     width,
@@ -61,6 +62,7 @@ def _fir_kernel(
     STRENGTH: tl.constexpr,
     BIAS: tl.constexpr,
     CLAMP: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     """One tile [BH * BW pixels, BC channels] of y; WHOLE: BC divides the channels. See `fir`."""
     pid = tl.program_id(0)
@@ -98,17 +100,17 @@ def _fir_kernel(
                     value += seen * (factor * filter_gain)
                 else:
                     value += seen
+    at = n * y_n + (row * y_h + column * y_w)[:, None] + (c * y_c)[None, :]
+    written = inside[:, None] if WHOLE else inside[:, None] & c_inside[None, :]
+    if ADD:
+        value += tl.load(other + at, mask=written, other=0.0).to(tl.float32)
     noise_value = loaded(noise + n * noise_n, row * noise_h + column * noise_w, inside, gain, NOISE)
     bias_value = loaded(bias, c, c_inside, gain, BIAS)
     factor = loaded(strength, 0, True, gain, STRENGTH)
     noise_value = noise_value[:, None] if NOISE else noise_value
     bias_value = bias_value[None, :] if BIAS else bias_value
     value = activated(value, noise_value, factor, bias_value, gain, clamp, SLOPE, NOISE, STRENGTH, BIAS, CLAMP)
-    tl.store(
-        y + n * y_n + (row * y_h + column * y_w)[:, None] + (c * y_c)[None, :],
-        value.to(y.dtype.element_ty),
-        mask=inside[:, None] if WHOLE else inside[:, None] & c_inside[None, :],
-    )
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=written)
 
 
 def fir(
@@ -132,8 +134,9 @@ def fir(
         pads: zeros to the left of and above x; what stands right and below follows from the size of y.
         step: decimation, 1 or 2.
     """
-    if f is not None and slides(x, y, f, step):
-        return slide(x, y, f, pads, flip, filter_gain, epilogue or Epilogue())
+    finish = epilogue or Epilogue()
+    if f is not None and finish.other is None and slides(x, y, f, step):
+        return slide(x, y, f, pads, flip, filter_gain, finish)
     parts = x if x.ndim == 5 else x[None]
     fh, fw = (1, 1) if f is None else (f.shape[0], f.shape[-1])
     n, channels, height, width = y.shape
@@ -169,7 +172,8 @@ def fir(
         BW=bw,
         BC=bc,
         WHOLE=channels % bc == 0,
-        **(epilogue or Epilogue()).arguments(y),
+        **finish.arguments(y),
+        **finish.addition(y),
         num_warps=4,
     )
     return y

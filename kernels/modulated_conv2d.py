@@ -32,6 +32,7 @@ __all__ = [
     "launch_act_backward",
     "launch_act_sums",
     "launch_conv",
+    "launch_conv_add",
     "launch_conv_finish",
     "launch_factor_gradients",
     "launch_factored",
@@ -46,6 +47,7 @@ __all__ = [
     "supports",
     "supports_act_backward",
     "supports_conv",
+    "supports_conv_add",
     "supports_conv_finish",
     "supports_finish",
     "supports_pointwise_backward",
@@ -147,6 +149,14 @@ def supports_conv_finish(
     return _epilogue_reason(act, gain) or supports_conv(x, weight, stride, padding, False)
 
 
+def supports_conv_add(x: Tensor, weight: Tensor, other: Tensor) -> str | None:
+    """None, or why `launch_conv_add` cannot run."""
+    k = weight.shape[-1]
+    if k != 1:
+        return f"only a 1x1 kernel adds on its way, not {k}x{k}: others multiply longer than an addition takes"
+    return supports_conv(x, weight, 1, 0, False)
+
+
 def _empty(x: Tensor, channels: int, height: int, width: int, *, like_x: bool) -> Tensor:
     """[N, channels, height, width] in x's dtype; in x's layout, or channels_last."""
     layout = layout_of(x) if like_x else torch.channels_last
@@ -217,6 +227,14 @@ def launch_conv_finish(
     geometry = Geometry.of(x, weight.shape[-1], stride, padding, False)
     y = _empty(x, weight.shape[-4], geometry.height, geometry.width, like_x=True)
     return _convolved(x, weight, geometry, y, Epilogue(noise, noise_strength, bias, act, gain, clamp))
+
+
+def launch_conv_add(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
+    """F.conv2d(x, weight) + other, 1x1, summed in float32 and rounded once; other of any layout, and of x's dtype or a
+    smaller one."""
+    geometry = Geometry.of(x, 1, 1, 0, False)
+    y = _empty(x, weight.shape[-4], geometry.height, geometry.width, like_x=True)
+    return _convolved(x, weight, geometry, y, Epilogue(other=other))
 
 
 def launch_finish(

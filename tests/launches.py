@@ -48,7 +48,7 @@ class Launches(TorchDispatchMode):
 def counted() -> Iterator[Launches]:
     """Count inside the `with` block; every op takes the path that it takes on a GPU with leaves for all."""
     with pytest.MonkeyPatch.context() as patch:
-        for op in (*OPS, "upfirdn2d_add"):
+        for op in (*OPS, "upfirdn2d_add", "conv2d_add"):
             patch.setattr(importlib.import_module(f"clone_fast.ops.{op}"), "resolve", lambda *args: "triton")
         patch.setattr(importlib.import_module("clone_fast.nn.layers"), "is_fast", lambda device: True)
         with Launches() as launches:

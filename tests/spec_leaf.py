@@ -138,6 +138,10 @@ def conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool)
     return torch.cat(results)
 
 
+def conv_add(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
+    return as_result(conv(x, weight, 1, weight.shape[-1] // 2, False) + other, x)
+
+
 def finish(
     z: Tensor, f: Tensor, padding: list[int], filter_gain: float, noise: Tensor | None, strength: Tensor | None,
     bias: Tensor | None, act: str, gain: float, clamp: float | None,
@@ -277,6 +281,7 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
     "modulated_conv2d": {
         "launch": _convolution,
         "launch_conv": conv,
+        "launch_conv_add": conv_add,
         "launch_conv_finish": conv_finish,
         "launch_finish": finish,
         "launch_wgrad": wgrad,
@@ -295,10 +300,10 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
 
 def steps(op: str, *, whole: bool = True) -> types.SimpleNamespace:
     """The leaf of an op; where it is not `whole`, modulated_conv2d has to be composed of steps where it resamples, and
-    the gradient of a 1x1 convolution is, too."""
+    the gradient of a 1x1 convolution and its sum with an image are, too."""
     functions = dict(SPEC[op])
     if op == "modulated_conv2d" and not whole:
-        del functions["launch_pointwise_backward"]
+        del functions["launch_pointwise_backward"], functions["launch_conv_add"]
         functions["supports"] = lambda *args: None if args[6:8] == (1, 1) else "fuses no resampling"
     if op in ("upfirdn2d", "modulated_conv2d"):
         launch = functions["launch"]

@@ -39,7 +39,7 @@ class DiscriminatorBlock(nn.Module):
         x, shrunk = downsampled_branch(x, self.resample_filter.float())
         # each branch at sqrt(1/2), so that the sum keeps the variance
         y = self.conv1(self.conv0(x, bias=biases.get("conv0")), gain=0.5**0.5, bias=biases.get("conv1"))
-        return self.skip(shrunk, gain=0.5**0.5) + y
+        return self.skip(shrunk, gain=0.5**0.5, other=y)
 
 
 def minibatch_stddev(x: Tensor, group_size: int | None, num_channels: int) -> Tensor:

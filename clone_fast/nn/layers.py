@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clone_fast.nn.architecture import RESAMPLE_TAPS
-from clone_fast.ops import bias_act, is_fast, modulated_conv2d, setup_filter
+from clone_fast.ops import bias_act, conv2d_add, is_fast, modulated_conv2d, setup_filter
 from clone_fast.ops.bias_act import ACTIVATIONS
 from clone_fast.ops.finished_weights import scaled_weight
 
@@ -147,20 +147,25 @@ class Conv2dLayer(nn.Module):
             return scaled_weight(self.weight, factor, dtype)
         return (self.weight.to(at_least_float32(dtype)) * factor).to(dtype)
 
-    def forward(self, x: Tensor, gain: float = 1.0, bias: Tensor | None = None) -> Tensor:
-        """gain: on the result and its clamp. bias: this layer's, over weight_gain where it `folds`; None: made here."""
+    def forward(
+        self, x: Tensor, gain: float = 1.0, bias: Tensor | None = None, other: Tensor | None = None
+    ) -> Tensor:
+        """gain: on the result and its clamp. bias: this layer's, over weight_gain where it `folds`; None: made here.
+        other: what the result is added to, None for nothing."""
         folds, limit = self.folds(x.dtype), self.conv_clamp
         if self.activation != "linear":
             limit = limit_in(x.dtype, limit)
         if self.activation == "linear" and self.bias is None and limit is None:
             weight, gains = self._scaled(self.weight_gain * gain, x.dtype), 1.0
+            if other is not None and self.down == 1:
+                return conv2d_add(x, weight, other)
         elif folds:
             weight, gains = self.weight, self.act_gain * gain * self.weight_gain
         else:
             weight, gains = self.weight * self.weight_gain, self.act_gain * gain
         if bias is None and self.bias is not None:
             bias = self.bias * self.fan_in**0.5 if folds else self.bias
-        return modulated_conv2d(
+        y = modulated_conv2d(
             x,
             weight,
             None,
@@ -172,3 +177,4 @@ class Conv2dLayer(nn.Module):
             gain=gains,
             clamp=None if limit is None else limit * gain,
         )
+        return y if other is None else y + other

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from clone_fast.ops.bias_act import bias_act
+from clone_fast.ops.conv2d_add import conv2d_add
 from clone_fast.ops.dispatch import backend, compile_ahead, explain, is_fast
 from clone_fast.ops.laplacian_pyramid import laplacian_pyramid, laplacian_pyramid_loss
 from clone_fast.ops.modulated_conv2d import modulated_conv2d
@@ -14,6 +15,7 @@ __all__ = [
     "backend",
     "bias_act",
     "compile_ahead",
+    "conv2d_add",
     "downsample2d",
     "downsampled_branch",
     "explain",

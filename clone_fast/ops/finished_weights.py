@@ -119,7 +119,8 @@ def _fake_backward(dy: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(inputs[i]) if wanted[i] else dy.new_empty([0]) for i in range(5))
 
 
-def _gradients(recorded: Recorded, grads: list[Tensor], wanted: list[int]) -> Sequence[Tensor | None]:
+def gradients(recorded: Recorded, grads: list[Tensor], wanted: list[int]) -> Sequence[Tensor | None]:
+    """Of `convolve` recorded with its result."""
     if recorded.backend == "reference":
         return composite_gradients(_reference, recorded.args, wanted, grads[0])
     found = _backward_op(grads[0], *recorded.results, *recorded.args, [i in wanted for i in range(5)], recorded.backend)
@@ -149,7 +150,7 @@ convolve = register(
     f"({ARGUMENTS}) -> Tensor",
     run=run,
     fake=fake,
-    gradients=_gradients,
+    gradients=gradients,
     differentiable=[0, 1, 2, 3, 4],
     keep_results=True,
 )
