@@ -19,6 +19,7 @@ from clone_fast.reference.upfirdn2d import setup_filter
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 BACKENDS = ["triton", "cuda"]
+IMAGE_OPS = ("bias_act", "upfirdn2d", "modulated_conv2d", "laplacian_pyramid")  # test_styles.py has the other
 
 
 @dataclass(frozen=True)

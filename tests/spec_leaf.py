@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from clone_fast.ops.registration import as_result
-from clone_fast.reference import bias_act, laplacian_pyramid, modulated_conv2d, upfirdn2d
+from clone_fast.reference import bias_act, laplacian_pyramid, modulated_conv2d, styles, upfirdn2d
 from clone_fast.reference.bias_act import ACTIVATIONS
 
 OPTIONS = ("dim", "act", "alpha", "gain", "clamp")
@@ -270,6 +270,19 @@ def factor_gradients(
     return ds, None if dots is None or d is None else dots.sum(1) / d
 
 
+def styles_backward(
+    ws: Tensor, grads: list[Tensor], weights: list[Tensor], reads: list[int], gain: float, factors: list[float],
+    want_ws: bool, want_layers: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    scaled = [grad * factor for grad, factor in zip(grads, factors, strict=True)]
+    dws = torch.zeros_like(ws, memory_format=torch.contiguous_format)
+    for grad, weight, read in zip(scaled, weights, reads, strict=True):
+        dws[:, read] += grad @ weight * gain
+    dweights = [grad.t() @ ws[:, read] * gain for grad, read in zip(scaled, reads, strict=True)]
+    dbiases = [grad.sum(0) for grad in scaled]
+    return dws if want_ws else ws.new_empty([0]), *((dweights, dbiases) if want_layers else ([], []))
+
+
 SPEC: dict[str, dict[str, Callable[..., Any]]] = {
     "bias_act": {"launch": _bias_act, "launch_backward": bias_act_backward, "launch_second": bias_act_second},
     "upfirdn2d": {"launch": _upfirdn2d, "launch_add": _upfirdn2d_add},
@@ -295,6 +308,7 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
         "launch_factored_backward": factored_backward,
         "launch_factor_gradients": factor_gradients,
     },
+    "styles": {"launch": styles.styles, "launch_backward": styles_backward},
 }
 
 

@@ -19,7 +19,7 @@ from clone_fast.checkpoints import save_network
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "clone_fast"
-OPS = ("bias_act", "upfirdn2d", "modulated_conv2d", "laplacian_pyramid")
+OPS = ("bias_act", "upfirdn2d", "modulated_conv2d", "laplacian_pyramid", "styles")
 MAX_LINES = 400
 
 if not (ROOT / "pyproject.toml").exists():

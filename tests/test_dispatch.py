@@ -26,6 +26,7 @@ from clone_fast.ops import (
     laplacian_pyramid_loss,
     modulated_conv2d,
     setup_filter,
+    styles,
     upfirdn2d,
 )
 from clone_fast.ops.dispatch import Leaf, backends, resolve
@@ -36,6 +37,7 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     "upfirdn2d": lambda **kwargs: upfirdn2d(X, setup_filter([1, 1]), **kwargs),
     "modulated_conv2d": lambda **kwargs: modulated_conv2d(X, torch.ones(1, 2, 1, 1), torch.ones(1, 2), **kwargs),
     "laplacian_pyramid": lambda **kwargs: laplacian_pyramid_loss(X, X, **kwargs),
+    "styles": lambda **kwargs: styles(X[0], [X[0, 0]], [X[0, 0, 0]], reads=[1], **kwargs)[0],
 }
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fast import BACKENDS, Call, complaints, draw
+from fast import BACKENDS, IMAGE_OPS, Call, complaints, draw
 
 from clone_fast.errors import BackendError
 from clone_fast.ops import dispatch
@@ -18,7 +18,7 @@ MAY_REFUSE = {("cuda", "modulated_conv2d")}  # a leaf for some shapes only; thos
 
 
 @pytest.mark.parametrize("group", range(GROUPS))
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", IMAGE_OPS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_random_calls(backend: str, op: str, group: int) -> None:
     found = []

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from fast import BACKENDS, FLOATS, Call, calm, complaints, cosine, results
+from fast import BACKENDS, FLOATS, IMAGE_OPS, Call, calm, complaints, cosine, results
 from grids import assert_op_check
 from torch import Tensor
 
 from clone_fast import ops
 from clone_fast.errors import BackendError
-from clone_fast.ops import dispatch, setup_filter
+from clone_fast.ops import setup_filter
 
 pytestmark = pytest.mark.gpu
 OPS = torch.ops.clone_fast
@@ -40,7 +40,7 @@ def call_of(op: str, *, dtype: torch.dtype = torch.float32, kind: str = "plain")
     return Call(op, tensors, options, dtype, "channels_last")
 
 
-EVERY = [(op, "plain") for op in dispatch.OPS] + [("modulated_conv2d", "up"), ("modulated_conv2d", "down")]
+EVERY = [(op, "plain") for op in IMAGE_OPS] + [("modulated_conv2d", "up"), ("modulated_conv2d", "down")]
 every_op = pytest.mark.parametrize(("op", "kind"), EVERY, ids=[f"{op}-{kind}" for op, kind in EVERY])
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -148,7 +148,7 @@ def test_the_same_call_gives_the_same_bits(op: str, kind: str, backend: str) -> 
 
 
 @every_backend
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", IMAGE_OPS)
 @pytest.mark.parametrize("batch", [8, 64])
 def test_batches(op: str, backend: str, batch: int) -> None:
     call = call_of(op, dtype=torch.bfloat16)
@@ -299,14 +299,14 @@ def test_second_derivative_of_the_convolution_is_the_composite(kind: str, backen
 
 
 @every_backend
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", IMAGE_OPS)
 def test_float64_is_refused_with_the_reason(op: str, backend: str) -> None:
     call = call_of(op)
     with pytest.raises(BackendError, match="float64"):
         call.function(**call.inputs(dtype=torch.float64), backend=backend)
 
 
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", IMAGE_OPS)
 def test_float64_may_not_fall_back_unseen(op: str) -> None:
     call = call_of(op)
     with pytest.raises(BackendError, match="CLONE_FAST_STRICT=1 forbids"):
@@ -332,7 +332,7 @@ def test_a_filter_elsewhere_or_with_a_gradient() -> None:
         ops.upfirdn2d(x, f.cuda().requires_grad_())
 
 
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", IMAGE_OPS)
 def test_empty_and_too_large(op: str) -> None:
     call = call_of(op)
     inputs = call.inputs()

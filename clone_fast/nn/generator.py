@@ -24,8 +24,7 @@ from clone_fast.nn.layers import (
     normalize_2nd_moment,
     run,
 )
-from clone_fast.nn.tables import style_table
-from clone_fast.ops import modulated_conv2d, setup_filter, upsample2d_add
+from clone_fast.ops import modulated_conv2d, setup_filter, styles, upsample2d_add
 from clone_fast.ops.bias_act import ACTIVATIONS
 from clone_fast.ops.streams import aside, at_home, beside, joined, ready
 
@@ -238,22 +237,26 @@ class SynthesisNetwork(nn.Module):
         return [(f"{name}.{key}", layer) for name, block in blocks for key, layer in block.layers()]  # type: ignore[operator]
 
     def styles(self, ws: Tensor) -> dict[str, Tensor]:
-        """The styles [N, in_channels] of every layer, by its name: all affine layers as one matrix product.
+        """The styles [N, in_channels] of every layer, by its name, float32 at least.
 
         Args:
             ws: [N, num_ws, w_dim], or [N, 1, w_dim] where all layers take the same.
         """
         layers = self._layers()
         affines = [layer.affine for _, layer in layers]
-        weight = torch.cat([affine.weight for affine in affines]).to(ws.dtype)
-        bias = torch.cat([affine.bias for affine in affines]).to(ws.dtype)
-        styles = F.linear(ws * affines[0].weight_gain, weight, bias)  # [N, num_ws, styles of all layers]
-        reads, fan_in = style_table(self.arch, ws.device)
-        if ws.shape[1] > 1:
-            styles = styles.gather(1, reads.expand(ws.shape[0], 1, -1))
-        styles = styles[:, 0] * fan_in.to(styles.dtype).rsqrt()
-        parts = styles.split([len(affine.weight) for affine in affines], dim=1)
-        return {name: part for (name, _), part in zip(layers, parts, strict=True)}
+        ws = ws.to(at_least_float32(ws.dtype))
+        # torgb and the next conv0 read the same
+        reads = [read for i in range(len(self.block_resolutions)) for read in range(max(2 * i - 1, 0), 2 * i + 2)]
+        found = styles(
+            ws,
+            [affine.weight.to(ws.dtype) for affine in affines],
+            [affine.bias.to(ws.dtype) for affine in affines],
+            reads=reads if ws.shape[1] > 1 else [0] * len(layers),
+            weight_gain=affines[0].weight_gain,
+            # what is not demodulated is divided by the root of its fan-in instead
+            factors=[layer.weight.shape[1] ** -0.5 if isinstance(layer, ToRGBLayer) else 1.0 for _, layer in layers],
+        )
+        return {name: style for (name, _), style in zip(layers, found, strict=True)}
 
     def _noise(self, n: int, noise_mode: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The maps that n images take, by the name of the layer; those that are given go before the mode's."""

@@ -1,4 +1,4 @@
-"""The four ops: what each means, the checks of its arguments, and which backend runs it."""
+"""The five ops: what each means, the checks of its arguments, and which backend runs it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from clone_fast.ops.conv2d_add import conv2d_add
 from clone_fast.ops.dispatch import backend, compile_ahead, explain, is_fast
 from clone_fast.ops.laplacian_pyramid import laplacian_pyramid, laplacian_pyramid_loss
 from clone_fast.ops.modulated_conv2d import modulated_conv2d
+from clone_fast.ops.styles import styles
 from clone_fast.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 from clone_fast.ops.upfirdn2d_add import downsampled_branch, upsample2d_add
 from clone_fast.reference.convolution import fast_double_backward
@@ -26,6 +27,7 @@ __all__ = [
     "laplacian_pyramid_loss",
     "modulated_conv2d",
     "setup_filter",
+    "styles",
     "upfirdn2d",
     "upsample2d",
     "upsample2d_add",

@@ -29,7 +29,7 @@ from torch import Tensor
 from clone_fast._compiler import constant_result
 from clone_fast.errors import BackendError
 
-OPS = ("bias_act", "upfirdn2d", "modulated_conv2d", "laplacian_pyramid")
+OPS = ("bias_act", "upfirdn2d", "modulated_conv2d", "laplacian_pyramid", "styles")
 BACKENDS = ("auto", "reference", "triton", "cuda")
 CANNOT = "cannot run this call: "
 PREFERENCE = ("cuda", "triton")  # what "auto" tries before the reference

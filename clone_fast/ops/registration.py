@@ -9,7 +9,7 @@ registered the same way, so that it stands in a compiled graph too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +109,24 @@ class Recorded:
     backend: str
 
 
-Gradients = Callable[[Recorded, list[Any], list[int]], Sequence["Tensor | None"]]
+@dataclass(frozen=True)
+class Kept:
+    """Where among the saved tensors an argument is."""
+
+    place: int
+
+
+Gradients = Callable[[Recorded, list[Any], list[int]], Sequence["Tensor | list[Tensor | None] | None"]]
+
+
+def _replaced(value: Any, one: Callable[[Any], Any]) -> Any:
+    """one(value), or a list of that of each."""
+    return [one(each) for each in value] if isinstance(value, list) else one(value)
+
+
+def _flat(values: Iterable[Any]) -> list[Any]:
+    """Results, or their gradients, one after the other: those of a list where it stands."""
+    return [one for value in values for one in (value if isinstance(value, list) else [value])]
 
 
 def register(
@@ -128,16 +145,19 @@ def register(
     Args:
         name: of the op.
         schema: arguments and results without the backend, e.g. "(Tensor x, Tensor f, int[] up) -> Tensor".
+            The first argument is a Tensor; others may be Tensor[], and so may results.
         run: (backend, *args) -> results, new tensors; called with autocast off and x's device current.
         fake: (*args) -> empty results.
-        gradients: (recorded, gradients of the results, positions wanted) -> a gradient or None for each position. Of
-            several results some may have none. With grad mode on, what it returns must be differentiable again, or it
-            must raise. None: no gradient.
-        differentiable: positions of the tensor arguments that may want a gradient.
-        dropped: positions of tensor arguments whose values the gradients do not need.
+        gradients: (recorded, gradients of the results, positions wanted) -> a gradient or None for each position, a
+            list of these for a Tensor[]. Of several results some may have none; those of a Tensor[] stand one after
+            the other. With grad mode on, what it returns must be differentiable again, or it must raise. None: no
+            gradient.
+        differentiable: positions of the arguments that may want a gradient.
+        dropped: positions of arguments whose values the gradients do not need.
         keep_results: whether the gradients need the results.
     """
     before, after = schema.split(") -> ")
+    lists = [i for i, argument in enumerate(before.split(",")) if "Tensor[]" in argument]
     LIBRARY.define(f"{name}{before}, str backend) -> {after}")
     qualified = f"clone_fast::{name}"
 
@@ -150,42 +170,42 @@ def register(
         return run(backend, *inputs)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        results = output if isinstance(output, tuple) else (output,)
-        kept: list[Tensor] = list(results) if keep_results else []
+        kept: list[Tensor] = _flat(output if isinstance(output, tuple) else (output,)) if keep_results else []
         ctx.results = len(kept)
-        ctx.args = []
-        for i, value in enumerate(inputs):
-            if isinstance(value, Tensor) and i not in dropped:
-                ctx.args.append(len(kept))
-                kept.append(value)
-            elif isinstance(value, Tensor):
-                ctx.args.append(Outline(value.shape, value.dtype, value.device))
-            else:
-                ctx.args.append((value,))
+
+        def noted(value: Tensor, keep: bool) -> Kept | Outline:
+            if not keep:
+                return Outline(value.shape, value.dtype, value.device)
+            kept.append(value)
+            return Kept(len(kept) - 1)
+
+        ctx.args = [
+            _replaced(value, functools.partial(noted, keep=i not in dropped))
+            if isinstance(value, Tensor) or i in lists
+            else value
+            for i, value in enumerate(inputs)
+        ]
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)  # what no one used costs nothing
 
     @without_autocast
-    def evaluate(
-        _: Tensor, recorded: Recorded, grads: list[Tensor | None], wanted: list[int]
-    ) -> Sequence[Tensor | None]:
+    def evaluate(_: Tensor, recorded: Recorded, grads: list[Tensor | None], wanted: list[int]) -> Sequence[Any]:
         if gradients is None:
             raise NotImplementedError(f"clone_fast::{name} has no gradient")
         return gradients(recorded, grads, wanted)
 
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        kept = ctx.saved_tensors
+    def backward(ctx: Any, *results: Any) -> tuple[Any, ...]:
+        kept, grads = ctx.saved_tensors, _flat(results)
         *args, backend = (
-            kept[value] if isinstance(value, int) else value[0] if isinstance(value, tuple) else value
-            for value in ctx.args
+            _replaced(value, lambda one: kept[one.place] if isinstance(one, Kept) else one) for value in ctx.args
         )
         recorded = Recorded(tuple(args), tuple(kept[: ctx.results]), backend)
-        wanted = [i for i in differentiable if ctx.needs_input_grad[i]]
-        found: list[Tensor | None] = [None] * (len(args) + 1)
+        wanted = [i for i in differentiable if any(_flat([ctx.needs_input_grad[i]]))]
+        found: list[Any] = [[None] * len(value) if i in lists else None for i, value in enumerate(ctx.args)]
         some = next((grad for grad in grads if grad is not None), None)
         if some is not None:
-            for i, grad in zip(wanted, evaluate(some, recorded, list(grads), wanted), strict=True):
-                found[i] = grad
+            for i, grad in zip(wanted, evaluate(some, recorded, grads, wanted), strict=True):
+                found[i] = found[i] if grad is None else grad
         return tuple(found)
 
     for key in ("CPU", "CUDA"):
