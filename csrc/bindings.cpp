@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 #include "dtype.h"
 
@@ -18,6 +19,7 @@
 #include "bias_act.h"
 #include "laplacian_pyramid.h"
 #include "modulated_conv2d.h"
+#include "styles.h"
 #include "upfirdn2d.h"
 
 namespace py = pybind11;
@@ -31,6 +33,13 @@ using Address = std::uintptr_t;
 template <typename T = void>
 T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
+}
+
+template <typename T>
+std::vector<T*> pointers(const std::vector<Address>& addresses) {
+    std::vector<T*> found;
+    for (const Address address : addresses) found.push_back(pointer<T>(address));
+    return found;
 }
 
 cudaStream_t stream_of(Address address) { return reinterpret_cast<cudaStream_t>(address); }
@@ -167,6 +176,38 @@ PYBIND11_MODULE(_C, module) {
     module.def("strided_conv_fits", &strided_conv_fits);
     module.def(
         "strided_conv", [](const StridedConv& op, Address stream) { strided_conv(op, stream_of(stream)); }, unlocked);
+
+    // ---- styles
+    using Addresses = std::vector<Address>;
+    py::class_<Styles>(module, "Styles")
+        .def(py::init([](int n, int latents, int width, Address ws, std::int64_t sample_stride,
+                         std::int64_t latent_stride, float gain, std::vector<int> rows, std::vector<int> reads,
+                         std::vector<float> factors) {
+                 return Styles{n, latents, width, pointer<const float>(ws), sample_stride, latent_stride, gain,
+                               std::move(rows), std::move(reads), std::move(factors)};
+             }),
+             py::kw_only(), "n"_a, "latents"_a, "width"_a, "ws"_a, "sample_stride"_a, "latent_stride"_a, "gain"_a,
+             "rows"_a, "reads"_a, "factors"_a);
+    module.attr("STYLE_LAYERS") = kStyleLayers;
+    module.def("styles_partials", &styles_partials);
+    module.def(
+        "styles",
+        [](const Styles& op, const Addresses& weights, const Addresses& biases, const Addresses& results,
+           Address stream) {
+            styles(op, pointers<const float>(weights), pointers<const float>(biases), pointers<float>(results),
+                   stream_of(stream));
+        },
+        unlocked);
+    module.def(
+        "styles_backward",
+        [](const Styles& op, const Addresses& weights, const Addresses& gradients,
+           const std::vector<std::int64_t>& strides, const Addresses& dweights, const Addresses& dbiases, Address dws,
+           Address partial, Address stream) {
+            styles_backward(op, pointers<const float>(weights), pointers<const float>(gradients), strides,
+                            pointers<float>(dweights), pointers<float>(dbiases), pointer<float>(dws),
+                            pointer<float>(partial), stream_of(stream));
+        },
+        unlocked);
 
     // ---- upfirdn2d
     using Pair = std::array<int, 2>;  // [x, y], but sizes are [height, width]
