@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from clone_fast.capture import rehearsing
+from clone_fast.ops.adam import adam_
 from clone_fast.ops.streams import as_it_comes, aside
 
 LARGE = 2**20  # elements of a weight whose step is worth launches of its own, beside the rest of the backward
 
 
 class FusedAdam:
-    """`torch.optim.Adam(fused=True, capturable=True)` as far as it is needed here, by PyTorch's function for it: the
-    class imports torch._dynamo, which takes as long as a hundred iterations.
+    """`torch.optim.Adam(fused=True, capturable=True)` as far as it is needed here.
 
     Args:
         groups: of (parameters, learning rate [] on their device).
@@ -39,18 +38,12 @@ class FusedAdam:
     @torch.no_grad()
     def step(self, among: Sequence[Tensor] | None = None) -> None:
         """A step of what has a gradient, of all parameters or of these."""
-        beta1, beta2 = self.betas
         chosen = self.state if among is None else set(among)
+        scaled = {name: getattr(self, name) for name in ("grad_scale", "found_inf") if hasattr(self, name)}
         for group in self.param_groups:
             moved: list[Any] = [p for p in group["params"] if p.grad is not None and p in chosen]
-            if not moved:
-                continue
             means, squares, steps = ([self.state[p][i] for p in moved] for i in range(3))
-            adam(
-                moved, [p.grad for p in moved], means, squares, [], steps, fused=True, capturable=True,
-                grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None),
-                amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=0.0, eps=1e-8, maximize=False,
-            )  # fmt: skip
+            adam_(moved, [p.grad for p in moved], means, squares, steps, group["lr"], self.betas, **scaled)
 
     @torch.no_grad()
     def restart(self) -> None:

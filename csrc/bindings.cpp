@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "dtype.h"
@@ -16,6 +17,7 @@
 // ---- one include for each op, in the order of the alphabet
 #include "_resampled_conv.h"
 #include "_strided_conv.h"
+#include "adam.h"
 #include "bias_act.h"
 #include "laplacian_pyramid.h"
 #include "modulated_conv2d.h"
@@ -50,6 +52,20 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "The CUDA kernels of clone_fast. Called by clone_fast.cuda, which documents each of them.";
     module.attr("CUDART_VERSION") = CUDART_VERSION;
     const py::call_guard<py::gil_scoped_release> unlocked;
+
+    // ---- adam
+    using Tensor = std::tuple<Address, Address, Address, Address, Address, std::int64_t>;  // as in AdamTensor
+    module.def(
+        "adam",
+        [](const std::vector<Tensor>& tensors, Address rate, double beta1, double beta2, double epsilon,
+           Address stream) {
+            std::vector<AdamTensor> table;
+            for (const auto& [parameter, gradient, mean, square, steps, count] : tensors)
+                table.push_back({pointer<float>(parameter), pointer<const float>(gradient), pointer<float>(mean),
+                                 pointer<float>(square), pointer<const float>(steps), count});
+            adam(table, pointer<const float>(rate), beta1, beta2, epsilon, stream_of(stream));
+        },
+        unlocked);
 
     // ---- bias_act
     py::class_<BiasAct>(module, "BiasAct", py::module_local()).def(py::init([](int dtype, std::int64_t outer, std::int64_t channels,

@@ -1,4 +1,4 @@
-// As much of CUDA as csrc/styles.cu asks for, on a CPU: blocks one after the other, a thread for each of their threads.
+// As much of CUDA as the files of tests/emulated.py ask for, on a CPU: blocks one after the other, a thread for each of their threads.
 // Stands in for csrc/launch.cuh and cuda_runtime.h.
 #pragma once
 
@@ -26,6 +26,7 @@ using std::min;
 struct float4 {
     float x, y, z, w;
 };
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct dim3 {

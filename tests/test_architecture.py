@@ -20,6 +20,7 @@ from clone_fast.checkpoints import save_network
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "clone_fast"
 OPS = ("bias_act", "upfirdn2d", "modulated_conv2d", "laplacian_pyramid", "styles")
+IN_PLACE = ("adam",)  # on every floor, too, but with nothing to differentiate, nor to choose a backend for
 MAX_LINES = 400
 
 if not (ROOT / "pyproject.toml").exists():
@@ -248,7 +249,7 @@ def test_the_house_has_no_circle() -> None:
         above.add(layer.name)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, *IN_PLACE])
 def test_op_has_a_room_on_every_floor(op: str) -> None:
     """Compulsory are reference, ops and tests; an op that a machine floor lacks runs on the reference."""
     rooms = (f"clone_fast/reference/{op}.py", f"clone_fast/ops/{op}.py", f"tests/test_{op}.py")
@@ -258,7 +259,7 @@ def test_op_has_a_room_on_every_floor(op: str) -> None:
 def test_machine_floors_hold_ops_only() -> None:
     """What lies in kernels/ or csrc/ bears the name of an op; a helper is a header or starts with `_`."""
     stems = {path.stem for path in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "csrc").glob("*.cu")]}
-    assert {stem for stem in stems if not stem.startswith("_")} <= set(OPS)
+    assert {stem for stem in stems if not stem.startswith("_")} <= {*OPS, *IN_PLACE}
 
 
 def test_kernels_is_a_namespace_package() -> None:

@@ -2,73 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import subprocess
-import sys
-import sysconfig
-from pathlib import Path
 from random import Random
 from types import ModuleType
 from typing import Any
 
+import emulated as emulation
 import pytest
 import torch
 from spec_leaf import styles_backward
 from torch import Tensor
 
-import clone_fast
 from clone_fast.reference.styles import styles
-
-ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / "csrc").exists():
-    pytest.skip("reads the checkout, and there is none", allow_module_level=True)
-pybind11 = pytest.importorskip("pybind11")
 
 GAIN = 0.37
 
 
-def loaded(name: str, path: Path) -> Any:
-    spec: Any = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """What bindings.cpp says of styles, as an extension of its own."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ here")
-    folder = tmp_path_factory.mktemp("emulated")
-    for name in ("styles.cu", "styles.h"):
-        shutil.copy(ROOT / "csrc" / name, folder)
-    shutil.copy(ROOT / "tests" / "emulated_cuda.h", folder / "cuda_runtime.h")
-    (folder / "launch.cuh").write_text("#include <cuda_runtime.h>\n")
-    bindings = (ROOT / "csrc" / "bindings.cpp").read_text()
-    helpers = bindings[bindings.index("namespace py =") : bindings.index("PYBIND11_MODULE")]
-    part = bindings[bindings.index("    // ---- styles") : bindings.index("    // ---- upfirdn2d")]
-    (folder / "bindings.cpp").write_text(
-        '#include <pybind11/pybind11.h>\n#include <pybind11/stl.h>\n#include "styles.h"\n'
-        f"{helpers}\nPYBIND11_MODULE(emulated, module) {{\n"
-        f"const py::call_guard<py::gil_scoped_release> unlocked;\n{part}}}\n"
-    )
-    includes = ["-I.", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", "-x", "c++"]
-    subprocess.run(
-        ["g++", *flags, *includes, "styles.cu", "bindings.cpp", "-o", "emulated.so"], cwd=folder, check=True
-    )
-    return loaded("emulated", folder / "emulated.so")
+    return emulation.extension("styles", tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture
 def leaf(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch, nan_empty: None) -> Any:
     """clone_fast/cuda/styles.py on it."""
-    monkeypatch.setitem(sys.modules, "clone_fast._C", emulated)
-    monkeypatch.setattr(clone_fast, "_C", emulated, raising=False)
-    found = loaded("emulated_styles", ROOT / "clone_fast" / "cuda" / "styles.py")
-    found.stream = lambda x: 0
-    return found
+    return emulation.leaf("styles", emulated, monkeypatch)
 
 
 def check(leaf: Any, ws: Tensor, rows: list[int], reads: list[int]) -> None:

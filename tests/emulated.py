@@ -1,0 +1,61 @@
+"""Files of csrc without a GPU: the same source compiled for the CPU, below leaves that run on small tensors there."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import clone_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def loaded(name: str, path: Path) -> Any:
+    spec: Any = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def extension(op: str, folder: Path) -> ModuleType:
+    """What bindings.cpp says of an op, csrc/<op>.cu, as an extension of its own, compiled into this folder."""
+    pybind11 = pytest.importorskip("pybind11")
+    if not (ROOT / "csrc").exists():
+        pytest.skip("reads the checkout, and there is none")
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+    name = f"emulated_{op}"
+    for suffix in ("cu", "h"):
+        shutil.copy(ROOT / "csrc" / f"{op}.{suffix}", folder)
+    shutil.copy(ROOT / "tests" / "emulated_cuda.h", folder / "cuda_runtime.h")
+    (folder / "launch.cuh").write_text("#include <cuda_runtime.h>\n")
+    bindings = (ROOT / "csrc" / "bindings.cpp").read_text()
+    helpers = bindings[bindings.index("namespace py =") : bindings.index("PYBIND11_MODULE")]
+    part = bindings[bindings.index(f"    // ---- {op}\n") :]
+    part = part[: part.index("\n    // ----")]
+    (folder / "bindings.cpp").write_text(
+        f'#include <pybind11/pybind11.h>\n#include <pybind11/stl.h>\n#include "{op}.h"\n'
+        f"{helpers}\nPYBIND11_MODULE({name}, module) {{\n"
+        f"const py::call_guard<py::gil_scoped_release> unlocked;\n{part}\n}}\n"
+    )
+    includes = ["-I.", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", "-x", "c++"]
+    subprocess.run(["g++", *flags, *includes, f"{op}.cu", "bindings.cpp", "-o", f"{name}.so"], cwd=folder, check=True)
+    return loaded(name, folder / f"{name}.so")
+
+
+def leaf(op: str, emulated: ModuleType, patch: pytest.MonkeyPatch) -> Any:
+    """clone_fast/cuda/<op>.py on its extension."""
+    patch.setitem(sys.modules, "clone_fast._C", emulated)
+    patch.setattr(clone_fast, "_C", emulated, raising=False)
+    found = loaded(f"leaf_{op}", ROOT / "clone_fast" / "cuda" / f"{op}.py")
+    found.stream = lambda x: 0
+    return found
