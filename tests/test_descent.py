@@ -87,9 +87,9 @@ def chain(x: Tensor, weights: list[Tensor], shift: Tensor) -> Tensor:
 
 
 @pytest.mark.gpu
-def test_captured_steps_of_large_weights_are_those_of_an_eager_loop(device: torch.device) -> None:
+def test_captured_steps_of_large_weights_are_those_of_an_eager_loop() -> None:
     """Taken beside the backward of the layers before, each once, and not before its weight has been read."""
-    torch.manual_seed(0)
+    device = torch.device("cuda", torch.cuda.current_device())
     sides = [1024, 1024, 1024, 8]  # and one that is not large
     start = [torch.randn(o, i, device=device) / i**0.5 for i, o in pairwise(sides)]
     start.append(torch.zeros([], device=device))
@@ -106,7 +106,7 @@ def test_captured_steps_of_large_weights_are_those_of_an_eager_loop(device: torc
             work.step(chain(x, leaves[:-1], leaves[-1]), rate)
 
         if captured:
-            graphs = CudaGraphs(torch.device("cuda", torch.cuda.current_device()))
+            graphs = CudaGraphs(device)
             graphs.aside(run)
             run = graphs.record(run)
         for _ in range(3 if captured else 4):
