@@ -54,7 +54,7 @@ struct Rule {
 __device__ __forceinline__ float4 load(const float* from) { return *reinterpret_cast<const float4*>(from); }
 __device__ __forceinline__ void store(float* to, float4 x) { *reinterpret_cast<float4*>(to) = x; }
 
-__global__ void __launch_bounds__(kThreads) step(const __grid_constant__ Table t) {
+__global__ void __launch_bounds__(kThreads) adam_step(const __grid_constant__ Table t) {
     const int found = t.tensor_of(blockIdx.x);
     const AdamTensor& own = t.tensors[found];
     let_next_come();
@@ -117,7 +117,7 @@ void adam(const std::vector<AdamTensor>& tensors, const float* rate, double beta
         table.log_beta1 = static_cast<float>(std::log(beta1));  // -inf for 0, whose correction is 1
         table.log_beta2 = static_cast<float>(std::log(beta2));
         table.epsilon = static_cast<float>(epsilon);
-        launch_early(kOp, step, dim3(table.first[table.count]), kThreads, 0, stream, table);
+        launch_early(kOp, adam_step, dim3(table.first[table.count]), kThreads, 0, stream, table);
     }
 }
 
