@@ -29,10 +29,7 @@ def supports(
     gradients: Sequence[Tensor],
     means: Sequence[Tensor],
     squares: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    rate: Tensor,
-    betas: tuple[float, float],
-    epsilon: float,
+    *_: object,
 ) -> str | None:
     """None: the call can run; otherwise the reason why not."""
     if not all(_alike(one) for one in zip(parameters, gradients, means, squares, strict=True)):
