@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from clone_fast.descent import Descent
 from clone_fast.errors import SettingsError
 from clone_fast.losses import added, discriminator_adversarial, generator_adversarial, r1_penalty, weighted
 from clone_fast.nn import Discriminator, Generator, Precision
+from clone_fast.nn.layers import fast_format
 from clone_fast.settings import TweakSettings
 
 
@@ -34,6 +36,12 @@ def usable(
     return discriminator
 
 
+def parted(images: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first so many, and the rest: the images as they are where that is all, since the gradient of a slice is a
+    pass over the whole."""
+    return images if count == len(images) else images[:count], images[count:] if count else images
+
+
 def nearest_factor(x: Tensor, y: Tensor) -> Tensor:
     """[N, 1, 1, 1], of every sample of x [N, C, H, W] the factor that brings it nearest to that of y; 0 of zeros."""
     a, b = x.flatten(1).double(), y.flatten(1).double()  # the squares of small gradients are below float32's range
@@ -42,17 +50,74 @@ def nearest_factor(x: Tensor, y: Tensor) -> Tensor:
 
 
 class _Known(torch.autograd.Function):
-    """A loss of images that is known, and its gradient as well."""
+    """A loss of images whose gradient is known, up to a factor for each of them; and the images, first `count` of them,
+    then the rest.
+
+    The gradient of what is made of these parts is added to its part of the known one, in that one's memory. Those of
+    slices would be filled up with zeros, and added to all of it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return loss.clone()
+    def forward(
+        ctx: Any, images: Tensor, count: int, loss: Tensor, gradient: Tensor, factor: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(gradient, factor)
+        ctx.count = count
+        ctx.set_materialize_grads(False)
+        images = images.detach()
+        return loss.clone(), images[:count], images[count:]
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return slopes[0] * gradient, None, None
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor | None, *parts: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradient, factor = ctx.saved_tensors
+        whole = gradient * (factor * (0 if slope is None else slope))  # nobody else's: the parts may be added in place
+        for mine, theirs in zip((whole[: ctx.count], whole[ctx.count :]), parts, strict=True):
+            if theirs is not None:
+                mine += theirs
+        return whole, None, None, None, None
+
+
+class _Pairs(torch.autograd.Function):
+    """See `in_pairs`."""
+
+    @staticmethod
+    def forward(ctx: Any, fake: Tensor, dtype: torch.dtype, *real: Tensor) -> Tensor:
+        ctx.save_for_backward(fake)
+        n, *shape = fake.shape
+        where = fake.device
+        both = torch.empty([2 * n, *shape], dtype=dtype, device=where, memory_format=fast_format(where))
+        both[1::2] = fake
+        for place, part in zip(both[::2].split([len(part) for part in real]), real, strict=True):
+            place.copy_(part)
+        return both
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        (fake,) = ctx.saved_tensors
+        return torch.empty_like(fake).copy_(slope[1::2]), None, *(None for _ in ctx.needs_input_grad[2:])
+
+
+def in_pairs(real: Sequence[Tensor], fake: Tensor, dtype: torch.dtype) -> Tensor:
+    """[2 N, C, H, W] in dtype, and as D wants it to lie: real images, and behind each a fake.
+
+    What D would convert is written once, and of its gradient the half that is wanted, laid out as the fakes are.
+
+    Args:
+        real: one after the other N of them. They get no gradient, and the fakes none that is differentiable again.
+        fake: [N, C, H, W].
+
+    Raises:
+        ValueError: there are more or fewer of one than of the other, they differ in size, or real wants a gradient.
+    """
+    if sum(len(part) for part in real) != len(fake) or any(part.shape[1:] != fake.shape[1:] for part in real):
+        shapes = ", ".join(str(list(part.shape)) for part in real)
+        raise ValueError(f"there must be a real image of its size for each fake, got {shapes} for {list(fake.shape)}")
+    if torch.is_grad_enabled() and any(part.requires_grad for part in real):
+        raise ValueError("real images get no gradient here; detach them")
+    both: Tensor = _Pairs.apply(fake, dtype, *real)
+    return both
 
 
 class Adversary:
@@ -85,8 +150,8 @@ class Adversary:
         return self.settings.r1_gamma > 0 and (self.turns - 1) % self.settings.r1_interval == 0
 
     def turn(
-        self, real: Tensor, images: Tensor, label: Tensor | None, local: bool, rate: Tensor, penalised: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, real: Sequence[Tensor], images: Tensor, label: Tensor | None, local: bool, rate: Tensor, penalised: bool
+    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
         """One step of D on max 1_p[lambda L_adv_local] + L_global, with R1 if penalised.
 
         In one pass, G's terms are those of D before the step (Shen et al. 2021, "Training GANs in One Stage"). Below
@@ -97,11 +162,13 @@ class Adversary:
         where D's is 0 in float32, for logits below about -100.
 
         Args:
+            real: as many as images, in any number of tensors.
             images: of G, whose graph the terms lead to.
             rate: [], factor of the learning rate, on the device.
 
         Returns:
-            What D minimises, and G's terms by name.
+            What D minimises; G's terms by name; and the images, those of the local term and the others, for further
+            terms to begin with: that spares passes over their gradient.
         """
         s = self.settings
         self.discriminator.requires_grad_(True)
@@ -118,12 +185,12 @@ class Adversary:
         objective = loss = added(minimised)
         if penalised:
             scale = self.precision.loss_scale
-            penalty = r1_penalty(lambda images: self.judge(images, label), real, scale=scale)
+            penalty = r1_penalty(lambda images: self.judge(images, label), torch.cat(list(real)), scale=scale)
             objective = loss + penalty * (s.r1_gamma / 2 * s.r1_interval)
         if not self.one_pass:
             self.descent.step(objective, rate)
             self.discriminator.requires_grad_(False)
-            return loss.detach(), self._terms(self.judge(images, label), local)
+            return loss.detach(), self._terms(self.judge(images, label), local), parted(images, local)
         terms = self._terms(fake_logits, local)
         (features,) = below
         (wanted,) = torch.autograd.grad(added(terms.values()), features, retain_graph=True)
@@ -133,10 +200,12 @@ class Adversary:
         assert features.grad is not None  # for the type checker
         assert fake.grad is not None  # for the type checker
         mine, theirs = (g.unflatten(0, [len(fake), -1])[:, -1] for g in (features.grad, wanted))  # a fake ends its pair
-        pull = fake.grad * nearest_factor(mine, theirs).to(fake.dtype)
+        factor = nearest_factor(mine, theirs).to(fake.dtype)
         terms = {name: term.detach() for name, term in terms.items()}
         name = next(iter(terms))
-        return loss.detach(), terms | {name: _Known.apply(images, terms[name], pull)}  # the gradient of all, at one
+        known = _Known.apply(images, int(local), terms[name], fake.grad, factor)  # the gradient of all terms, at one
+        terms[name], clone, others = known
+        return loss.detach(), terms, (clone, others)
 
     def _terms(self, logits: Tensor, local: bool) -> dict[str, Tensor]:
         """What G minimises, of the logits of its images."""
@@ -150,16 +219,20 @@ class Adversary:
         return terms
 
     def compare(
-        self, real: Tensor, fake: Tensor, label: Tensor | None, watch: Callable[[Tensor], None] | None = None
+        self,
+        real: Sequence[Tensor],
+        fake: Tensor,
+        label: Tensor | None,
+        watch: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits [N, 1] of both, in one forward where that leaves D's groups as they are; watch: that of the fakes.
 
         Sample n of M belongs to group n mod (M / size): taken in turns, even groups hold real images, odd ones fakes.
         """
         arch = self.discriminator.arch
-        if arch.mbstd_num_channels and (arch.mbstd_group_size is None or len(real) % arch.mbstd_group_size):
-            return self.judge(real, label), self.judge(fake, label, watch)
-        both = torch.stack([real, fake], dim=1).flatten(0, 1)
+        if arch.mbstd_num_channels and (arch.mbstd_group_size is None or len(fake) % arch.mbstd_group_size):
+            return self.judge(torch.cat(list(real)), label), self.judge(fake, label, watch)
+        both = in_pairs(real, fake, self.precision.dtype)
         logits = self.judge(both, None if label is None else label.repeat_interleave(2, dim=0), watch)
         return logits[::2], logits[1::2]
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clone_fast.adversary import Adversary, usable
+from clone_fast.adversary import Adversary, parted, usable
 from clone_fast.capture import Board, Captured, alike, rehearse
 from clone_fast.descent import Descent
 from clone_fast.draws import Draws, Wanted
@@ -164,19 +164,17 @@ class Tweak:
         joined(device, "measure")
         values: dict[str, Tensor] = {}
         terms: dict[str, Tensor] = {}
+        clone, others = parted(images, local)
+        if self.adversary is not None and s.judges(local):
+            real = [*([self.photo] if local else []), before if self.pool is None else self.real[: len(before)]]
+            done = self.adversary.turn(real, images, label, local, rate, penalised)
+            values["loss_d"], terms, (clone, others) = done  # what is made of these joins the gradient of its terms
         if local:
-            clone = _first(images, 1)
             # beside the loss, which does not need it
             values["psnr"] = aside(device, "measure", partial(quick_psnr, clone, self.photo), reads=[clone])
-            terms["recon"] = self.reconstruction(clone)
-        if self.adversary is not None and s.judges(local):
-            real = before if self.pool is None else self.real[: len(before)]
-            if local:
-                real = torch.cat([self.photo, real])
-            values["loss_d"], judged = self.adversary.turn(real, images, label, local, rate, penalised)
-            terms |= judged
+            terms = {"recon": self.reconstruction(clone), **terms}
         if s.others and s.paired_weight > 0:
-            terms["paired"] = paired_cohesion(images[local:], before, weight=s.paired_weight)
+            terms["paired"] = paired_cohesion(others, before, weight=s.paired_weight)
         if s.edits and local:
             terms["edit"] = paired_cohesion(edited, wanted, weight=s.edit_weight)
         loss = added(terms.values())
@@ -209,7 +207,9 @@ class Tweak:
         drawn = _synthesise(self.generator, own, rest, moved, self.maps, s)
         if local and c is not None and self.label is not None:
             c = torch.cat([self.label, c])
-        return Drawn(_first(drawn, local + others), before, c, drawn[local + others :], wanted)
+        # both parts get a gradient: a split puts them together in one pass, slices in several
+        images, edited = drawn.split([local + others, len(moved)]) if moved else (drawn, drawn[:0])
+        return Drawn(images, before, c, edited, wanted)
 
 
 class Drawn(NamedTuple):
@@ -228,11 +228,6 @@ class Drawn(NamedTuple):
     label: Tensor | None
     edited: Tensor
     wanted: Tensor
-
-
-def _first(images: Tensor, count: int) -> Tensor:
-    """The first so many; all of them as they are, since the gradient of a part is a pass over the whole."""
-    return images if count == len(images) else images[:count]
 
 
 def _synthesise(

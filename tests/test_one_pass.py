@@ -9,11 +9,13 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from launches import Launches
 from tiny import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from clone_fast.adversary import Adversary, nearest_factor
+from clone_fast.adversary import Adversary, in_pairs, nearest_factor
 from clone_fast.nn import Discriminator, Precision
+from clone_fast.nn.layers import fast_layout
 from clone_fast.settings import TweakSettings
 from clone_fast.tweak import Tweak
 
@@ -45,7 +47,7 @@ def pulls(found: Adversary, *, local: bool = True, c_dim: int = 0, n: int = 4) -
         loss = loss + s.adversarial_weight * form(logits[:1]).mean()
     loss = loss + s.cohesion_weight * form(logits[int(local) :]).mean()
     (want,) = torch.autograd.grad(loss, images)
-    _, terms = found.turn(real, images, label, local, torch.zeros([]), penalised=True)
+    _, terms, _ = found.turn(real.split([1, n - 1]), images, label, local, torch.zeros([]), penalised=True)
     total = torch.stack(list(terms.values())).sum()
     torch.testing.assert_close(total, loss, rtol=1e-12, atol=0)
     (got,) = torch.autograd.grad(total, images)
@@ -98,7 +100,7 @@ def test_a_d_that_is_sure_without_bounds_gives_nothing_that_is_not_finite() -> N
     with torch.no_grad():
         found.discriminator.b4.out.bias.fill_(-1e4)
     images = torch.randn(4, 3, 16, 16, dtype=torch.float64, requires_grad=True)
-    _, terms = found.turn(images.detach(), images, None, True, torch.zeros([]), penalised=False)
+    _, terms, _ = found.turn([images.detach()], images, None, True, torch.zeros([]), penalised=False)
     (got,) = torch.autograd.grad(torch.stack(list(terms.values())).sum(), images)
     assert got.isfinite().all()
 
@@ -123,3 +125,110 @@ def test_d_is_run_once_but_in_float16(
     monkeypatch.setattr(Discriminator, "forward", counted)
     work.step(1)
     assert seen == want
+
+
+def plain_pairs(real: list[Tensor], fake: Tensor, dtype: torch.dtype) -> Tensor:
+    return fast_layout(torch.stack([torch.cat(real), fake], dim=1).flatten(0, 1), dtype)
+
+
+def random_images(*counts: int, channels: int = 3, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(n, channels, 6, 10).to(dtype) for n in counts]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("counts", [(4,), (1, 3), (1, 0), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pairs_are_what_d_would_make_of_a_stack(counts: tuple[int, ...], dtype: torch.dtype, channels: int) -> None:
+    *real, fake = random_images(*counts, sum(counts), channels=channels)
+    got, want = in_pairs(real, fake, dtype), plain_pairs(real, fake, dtype)
+    assert got.dtype == dtype
+    assert got.is_contiguous(memory_format=torch.channels_last)  # with one channel that is more than one stride
+    assert torch.equal(got, want)
+    assert fast_layout(got, dtype) is got
+
+
+@pytest.mark.parametrize("place", [lambda x: x, lambda x: x.contiguous(memory_format=torch.channels_last)])
+def test_the_gradient_of_pairs_is_that_of_a_stack(place: Any) -> None:
+    *real, fake = random_images(1, 3, 4, dtype=torch.float64)
+    fake, slope = place(fake).requires_grad_(True), torch.randn(8, 3, 6, 10, dtype=torch.float64)
+    (want,) = torch.autograd.grad(plain_pairs(real, fake, torch.float64), fake, slope)
+    (got,) = torch.autograd.grad(in_pairs(real, fake, torch.float64), fake, slope)
+    assert torch.equal(got, want)
+    assert got.stride() == fake.stride()
+
+
+def test_the_gradient_of_pairs_in_half_precision_is_rounded_by_d_alone() -> None:
+    *real, fake = random_images(4, 4)
+    slope = torch.randn(8, 3, 6, 10, dtype=torch.bfloat16)
+    (got,) = torch.autograd.grad(in_pairs(real, fake.requires_grad_(True), torch.bfloat16), fake, slope)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, slope[1::2].float())
+
+
+def test_pairs_are_not_differentiable_twice() -> None:
+    *real, fake = random_images(2, 2)
+    pairs = in_pairs(real, fake.requires_grad_(True), torch.float32)
+    (slope,) = torch.autograd.grad(pairs.square().sum(), fake, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+def test_what_makes_no_pairs_is_told() -> None:
+    *real, fake = random_images(1, 2, 4)
+    with pytest.raises(ValueError, match=r"got \[1, 3, 6, 10\], \[2, 3, 6, 10\] for \[4, 3, 6, 10\]"):
+        in_pairs(real, fake, torch.float32)
+    with pytest.raises(ValueError, match="a real image of its size"):
+        in_pairs([fake[:, :1]], fake, torch.float32)
+    with pytest.raises(ValueError, match="detach"):
+        in_pairs([fake.clone().requires_grad_(True)], fake, torch.float32)
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1), ()], ids=str)
+def test_other_terms_reach_the_images_through_the_parts_of_a_turn(
+    used: tuple[int, ...], local: bool, one_pass: bool
+) -> None:
+    """And what they bring is added to what the turn brings, whose gradient nothing of it changes."""
+    n = 4
+    real, images, slopes = torch.randn(3, n, 3, 16, 16, dtype=torch.float64)
+    images.requires_grad_(True)
+    _, terms, parts = adversary_of(tiny.settings(one_pass=one_pass)).turn(
+        [real], images, None, local, torch.zeros([]), penalised=False
+    )
+    total = torch.stack(list(terms.values())).sum()
+    (alone,) = torch.autograd.grad(total, images, retain_graph=True)
+    pieces, want, more = (images[: int(local)], images[int(local) :]), 3 * alone, 3 * total
+    for i, (piece, slope) in enumerate(zip(pieces, slopes.split([int(local), n - local]), strict=True)):
+        if i == 1 or local:  # without the local term nobody asks for the first part
+            assert torch.equal(parts[i], piece)
+        if i in used and (i == 1 or local):
+            more = more + (parts[i].sin() * slope).sum() + (parts[i] * slope).sum()
+            want = want + F.pad((piece.cos() + 1) * slope, [0] * 7 + [n - 1] if i == 0 else [0] * 6 + [int(local), 0])
+    for _ in range(2):  # nothing that a second backward wants is written over
+        (got,) = torch.autograd.grad(more, images, retain_graph=True)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    (got,) = torch.autograd.grad(parts[1].sum(), images)  # without the terms
+    assert torch.equal(got, F.pad(torch.ones_like(pieces[1]), [0] * 6 + [int(local), 0]))
+
+
+@pytest.mark.parametrize("edit_weight", [0.0, 3.0])
+def test_an_iteration_makes_no_gradient_of_a_slice_of_images(edit_weight: float) -> None:
+    net, shape = tiny.network(), (3, 16, 16)
+    s = tiny.settings(one_pass=True, precision="bf16", r1_gamma=0.0, edit_weight=edit_weight)
+    work = Tweak(net.generator, net.discriminator, tiny.latent(net), tiny.photo(), s)
+    work.step(1)
+    found: list[str] = []
+
+    class Whole(Launches):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = super().__torch_dispatch__(func, types, args, kwargs)
+            if isinstance(made, Tensor) and made.shape[-3:] == shape and len(made) >= s.batch:
+                found.append(func._schema.name)
+            return made
+
+    with Whole():
+        work.step(1)
+    assert "aten::mul" in found
+    assert not {"aten::stack", "aten::slice_backward"} & set(found)
+    assert found.count("aten::cat") == (edit_weight > 0)
