@@ -12,7 +12,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
@@ -114,9 +114,13 @@ class CudaGraphs:
                     rejoin(self.device)
                     raise
         except BaseException:
-            # A capture that CUDA breaks off leaves its own stream behind, and a generator that draws in it for ever.
+            # A capture that CUDA breaks off leaves its own stream behind, a generator that draws in it for ever, and an
+            # allocator that waits for its end to give back what several streams have used.
             torch.cuda.set_stream(current)
             generator.graphsafe_set_state(numbers)
+            with suppress(RuntimeError):  # says that it is over, where CUDA did not break it off
+                torch._C._cuda_endAllocateToPool(current.device_index, self.pool)
+                torch._C._cuda_releasePool(current.device_index, self.pool)
             raise
         finally:
             ended()

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 First = TypeVar("First")
 Second = TypeVar("Second")
@@ -28,7 +29,8 @@ Made = TypeVar("Made", Tensor, tuple[Tensor, ...])
 # 1024x1024x32 in half precision and of 512x512x64 in float32, are 64 MB, and those of a batch of five 84 and more.
 SMALL = 72 << 20
 
-_turns = cycle(range(2))  # whose lane what is `made_beside` goes to
+_turns = cycle(range(2))
+_turn_of = WeakTensorKeyDictionary()  # which lane what is made of a tensor goes to
 _lanes: dict[tuple[torch.device, int, str], torch.cuda.Stream] = {}
 _kept: dict[torch.cuda.Stream, list[Tensor]] = {}  # what a lane reads in the capture that is under way
 
@@ -123,14 +125,18 @@ def at_home(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 def made_beside(device: torch.device, lane: str, run: Callable[[], Made], reads: Sequence[Tensor]) -> Made:
     """The tensors that `run` makes, in a capture beside what the current stream did since `reads` were `ready`.
 
-    They are made on the lanes of this name in turn: on the way back one alone would fall behind small layers.
+    They are made on the lanes of this name in turn: on the way back one alone would fall behind small layers. What is
+    made of the first of `reads` goes to the same one always: what a recomputation makes is read, and given back, by the
+    gradient of what was made at first, on that one's lane.
 
     The current stream waits here. What is made knows its lane, so that `left_beside` may leave its gradient there; its
     memory nothing else gets in this capture, since the lane does not wait for those who read it.
     """
     if not _capturing(device):
         return run()
-    current, other = torch.cuda.current_stream(device), _lane(device, f"{lane} {next(_turns)}")
+    if reads[0] not in _turn_of:
+        _turn_of[reads[0]] = next(_turns)
+    current, other = torch.cuda.current_stream(device), _lane(device, f"{lane} {_turn_of[reads[0]]}")
     events = [tensor.ready for tensor in reads if hasattr(tensor, "ready")]
     # a weight that is no parameter may have been computed since
     known = all(hasattr(tensor, "ready") or isinstance(tensor, torch.nn.Parameter) for tensor in reads)
