@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clone_fast.capture import Captured, CudaGraphs
 from clone_fast.nn import Architecture, Discriminator, Generator, Network
+from clone_fast.ops import streams
 from clone_fast.ops.streams import SMALL, aside, beside, joined, left_beside, made_beside, ready
 
 
@@ -33,6 +34,27 @@ def test_without_a_capture_everything_is_as_if_there_were_no_lanes() -> None:
     assert left_beside(cpu, "lane", [made], lambda: 1, lambda: 2, [x]) == (1, 2)
     assert aside(cpu, "lane", lambda: x * 3, [x]).tolist() == [3, 3, 3]
     joined(cpu, "lane")
+
+
+def test_what_is_made_of_a_weight_keeps_its_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once more, by a recomputation say, it belongs to the gradient of what was made at first."""
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    lanes: list[str] = []
+    monkeypatch.setattr(streams, "_capturing", lambda device: True)
+    monkeypatch.setattr(streams, "_lane", lambda device, name: lanes.append(name) or Stream())
+    monkeypatch.setattr(streams, "_launched", lambda lane, after, reads, run: run())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    weights = [torch.ones(3) for _ in range(4)]
+    order = [0, 1, 2, 3, 3, 1, 2, 0, 0]
+    for i in order:
+        made_beside(torch.device("cpu"), "lane", partial(torch.add, weights[i], 1), [weights[i]])
+    first = lanes[:4]
+    assert first[0] == first[2] != first[1] == first[3]
+    assert lanes == [first[i] for i in order]
 
 
 CYCLES = 20_000_000  # of a GPU, about 10 ms
