@@ -195,7 +195,7 @@ PYBIND11_MODULE(_C, module) {
 
     // ---- styles
     using Addresses = std::vector<Address>;
-    py::class_<Styles>(module, "Styles")
+    py::class_<Styles>(module, "Styles", py::module_local())
         .def(py::init([](int n, int latents, int width, Address ws, std::int64_t sample_stride,
                          std::int64_t latent_stride, float gain, std::vector<int> rows, std::vector<int> reads,
                          std::vector<float> factors) {
