@@ -9,6 +9,16 @@ from torch import Tensor
 
 SLOPES = {"linear": 1.0, "relu": 0.0, "lrelu": 0.2}  # below zero, of the activations that an epilogue can do
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def dtype_reason(x: Tensor) -> str | None:
+    """Why no kernel takes x's dtype, or None."""
+    if x.dtype in DTYPES:
+        return None
+    name = str(x.dtype).removeprefix("torch.")
+    return "float64 runs on the reference only" if x.dtype == torch.float64 else f"no kernel for {name}"
+
 
 def layout_of(x: Tensor) -> torch.memory_format:
     """channels_last where x is so and only so, contiguous otherwise: the layout of a result."""

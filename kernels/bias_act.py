@@ -18,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from clone_fast.kernels._activations import activation, curvature, times_slope
-from clone_fast.kernels._dense import extents, layout_of
+from clone_fast.kernels._dense import dtype_reason, extents, layout_of
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WARPS = 8
 VECTORS = {"forward": 4, "gradient": 2, "second": 2}  # 16-byte accesses of a thread to each tensor
 # How many programs a gradient with a sum for the bias gets, about. By column each leaves a sum for every channel.
@@ -205,10 +204,7 @@ def supports(
     x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float | None
 ) -> str | None:
     """None: the call can run; otherwise the reason why not."""
-    if x.dtype in DTYPES:
-        return None
-    name = str(x.dtype).removeprefix("torch.")
-    return "float64 runs on the reference only" if x.dtype == torch.float64 else f"no kernel for {name}"
+    return dtype_reason(x)
 
 
 def _elementwise(

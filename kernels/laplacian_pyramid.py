@@ -14,10 +14,8 @@ import triton
 from torch import Tensor
 
 from clone_fast.kernels import _laplacian_pyramid as kernels
-from clone_fast.kernels._dense import layout_of
+from clone_fast.kernels._dense import dtype_reason, layout_of
 from clone_fast.kernels._device import capability
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Block of the coarser level and warps by compute capability, checked against the reference on that GPU.
 TILES = {(9, 0): (8, 64, 4)}
@@ -28,10 +26,7 @@ SUM_BLOCK = 1024
 
 def supports(x: Tensor, y: Tensor, levels: int, weights: list[float], charbonnier: float | None) -> str | None:
     """Why this call cannot run here, or None."""
-    if x.dtype in DTYPES:
-        return None
-    name = str(x.dtype).removeprefix("torch.")
-    return "float64 runs on the reference only" if x.dtype == torch.float64 else f"no kernel for {name}"
+    return dtype_reason(x)
 
 
 class _Grid:

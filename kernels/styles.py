@@ -10,22 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from clone_fast.kernels._dense import dtype_reason
 
 
-def supports(
-    ws: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    reads: list[int],
-    weight_gain: float,
-    factors: list[float],
-) -> str | None:
+def supports(ws: Tensor, *_: object) -> str | None:
     """None: the call can run; otherwise the reason why not."""
-    if ws.dtype in DTYPES:
-        return None
-    name = str(ws.dtype).removeprefix("torch.")
-    return "float64 runs on the reference only" if ws.dtype == torch.float64 else f"no kernel for {name}"
+    return dtype_reason(ws)
 
 
 def launch(

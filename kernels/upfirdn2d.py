@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clone_fast.kernels._dense import layout_of
+from clone_fast.kernels._dense import dtype_reason, layout_of
 from clone_fast.kernels._device import capability, multiprocessors
 
 # (most numbers of a row in a program, how many of them in a warp, warps on a multiprocessor) by compute capability,
@@ -269,10 +269,7 @@ def supports(
     x: Tensor, f: Tensor, up: list[int], down: list[int], padding: list[int], flip_filter: bool, gain: float
 ) -> str | None:
     """None, or why this call cannot run."""
-    if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return None
-    name = str(x.dtype).removeprefix("torch.")
-    return "float64 runs on the reference only" if x.dtype == torch.float64 else f"no kernel for {name}"
+    return dtype_reason(x)
 
 
 def launch(

@@ -9,18 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clone_fast.kernels._dense import SLOPES
+from clone_fast.kernels._dense import SLOPES, dtype_reason
+
+__all__ = ["DTYPES", "dtype_reason", "epilogue_reason", "on_16_bytes", "pointer", "stream"]
 
 # The numbers of `Dtype` in csrc/dtype.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-
-def dtype_reason(x: Tensor) -> str | None:
-    """Why x's dtype cannot run here, or None."""
-    if x.dtype in DTYPES:
-        return None
-    name = str(x.dtype).removeprefix("torch.")
-    return "float64 runs on the reference only" if x.dtype == torch.float64 else f"no kernel for {name}"
 
 
 def epilogue_reason(act: str, gain: float) -> str | None:

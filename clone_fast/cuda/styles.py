@@ -18,14 +18,7 @@ from clone_fast.cuda import dtype_reason, on_16_bytes, pointer, stream
 LAYERS: int = _C.STYLE_LAYERS
 
 
-def supports(
-    ws: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    reads: list[int],
-    weight_gain: float,
-    factors: list[float],
-) -> str | None:
+def supports(ws: Tensor, weights: list[Tensor], *_: object) -> str | None:
     """None: the call can run; otherwise the reason why not."""
     if ws.dtype != torch.float32:
         return dtype_reason(ws) or "computes in float32 only"

@@ -70,6 +70,22 @@ def _matches(shape: Sequence[int], pattern: Sequence[int | str]) -> bool:
     )
 
 
+def check_odd(op: str, weight: Tensor, in_channels: int) -> tuple[int, int]:
+    """O and k of a weight [..., O, I, k, k], of which there must be some and an odd number."""
+    out_channels, _, k, across = weight.shape[-4:]
+    if out_channels == 0 or k != across or k % 2 == 0:
+        raise ValueError(f"{op}: weight must be [O, {in_channels}, k, k] with odd k, got {describe(weight)}")
+    return out_channels, k
+
+
+def check_addend(op: str, other: Tensor, x: Tensor, shape: Sequence[int]) -> None:
+    """What is added to a result of this shape in x's dtype: as large, and of a dtype that this one has room for."""
+    check_tensor(op, "other", other, x, shape)
+    check_result(op, shape)
+    if torch.promote_types(x.dtype, other.dtype) != x.dtype:
+        raise ValueError(f"{op}: other must be of a dtype that {describe(x)} has room for, got {describe(other)}")
+
+
 def check_filter(op: str, name: str, f: object, like: Tensor) -> None:
     """A float32 filter [fh, fw] or [taps] that wants no gradient (float64 beside float64 images, for tests)."""
     if not isinstance(f, Tensor):

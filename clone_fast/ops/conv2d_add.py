@@ -6,10 +6,9 @@ that of the convolution, and to the other image the gradient itself.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from clone_fast.ops.checks import check_image, check_result, check_tensor, describe
+from clone_fast.ops.checks import check_addend, check_image, check_odd, check_tensor
 from clone_fast.ops.dispatch import launch_step, resolve, step_if_any
 from clone_fast.ops.finished_weights import gradients, run
 from clone_fast.ops.modulated_conv2d import modulated_conv2d
@@ -72,13 +71,8 @@ def conv2d_add(x: Tensor, weight: Tensor, other: Tensor, *, backend: str = "auto
     check_image(op, "x", x)
     n, channels, height, width = x.shape
     check_tensor(op, "weight", weight, x, ["O", channels, "k", "k"])
-    out_channels, _, k, across = weight.shape
-    if out_channels == 0 or k != across or k % 2 == 0:
-        raise ValueError(f"{op}: weight must be [O, {channels}, k, k] with odd k, got {describe(weight)}")
-    check_tensor(op, "other", other, x, [n, out_channels, height, width])
-    check_result(op, other.shape)
-    if torch.promote_types(x.dtype, other.dtype) != x.dtype:
-        raise ValueError(f"{op}: other must be of a dtype that {describe(x)} has room for, got {describe(other)}")
+    out_channels, _ = check_odd(op, weight, channels)
+    check_addend(op, other, x, [n, out_channels, height, width])
     chosen = resolve("modulated_conv2d", backend, x, weight, *PLAIN)
     if chosen == "reference":
         return as_result(modulated_conv2d(x, weight, None, demodulate=False, backend=chosen) + other, x)

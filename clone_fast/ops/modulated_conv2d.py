@@ -21,6 +21,7 @@ from clone_fast.ops.checks import (
     check_filter,
     check_image,
     check_number,
+    check_odd,
     check_result,
     check_tensor,
     describe,
@@ -162,9 +163,7 @@ def modulated_conv2d(
     check_image(op, "x", x)
     n, in_channels, height, width = x.shape
     check_tensor(op, "weight", weight, x, ["O", in_channels, "k", "k"], [n, "O", in_channels, "k", "k"])
-    out_channels, k = weight.shape[-4], weight.shape[-2]
-    if out_channels == 0 or k != weight.shape[-1] or k % 2 == 0:
-        raise ValueError(f"{op}: weight must be [O, {in_channels}, k, k] with odd k, got {describe(weight)}")
+    out_channels, _ = check_odd(op, weight, in_channels)
     if styles is not None:
         check_tensor(op, "styles", styles, x, [n, in_channels])
     elif demodulate:

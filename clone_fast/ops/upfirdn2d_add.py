@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clone_fast.ops.checks import check_result, check_tensor, describe
+from clone_fast.ops.checks import check_addend
 from clone_fast.ops.dispatch import launch_step, resolve, step_if_any
 from clone_fast.ops.registration import Recorded, as_result, empty_result, register
 from clone_fast.ops.upfirdn2d import (
@@ -80,10 +80,7 @@ def upsample2d_add(x: Tensor, f: Tensor, other: Tensor, *, backend: str = "auto"
     op = "upsample2d_add"
     padding = enlarging_padding(x, f, TWO)
     n, c, height, width = x.shape
-    check_tensor(op, "other", other, x, [n, c, 2 * height, 2 * width])
-    check_result(op, other.shape)
-    if torch.promote_types(x.dtype, other.dtype) != x.dtype:
-        raise ValueError(f"{op}: other must be of a dtype that {describe(x)} has room for, got {describe(other)}")
+    check_addend(op, other, x, [n, c, 2 * height, 2 * width])
     args = (f, TWO, ONE, padding, False, 4.0)
     chosen = resolve("upfirdn2d", backend, x, *args)
     if chosen == "reference":
