@@ -5,202 +5,38 @@ pixels for the bias, over the channels for the noise, over both for the noise's 
 program writes sums of its own; a second, small kernel adds these, always in the same order, and is launched by itself:
 nothing but an optimiser waits for it. Where asked it adds up g conv, too, over the pixels of each sample: `_factors`
 adds those programs' sums.
+
+Where an image of few channels is drawn of y by a 1x1 kernel w (ToRGB), and dimage is its gradient, dy + w^T dimage
+takes the place of dy, and the sums of dimage y to w, and of dimage to a bias, go along: y is read once for all of it,
+and the gradient that w sends back is never in memory.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from clone_fast.kernels._dense import SLOPES, layout_of
+from clone_fast.kernels._act_kernels import _act_backward_kernel, _add_sums
+from clone_fast.kernels._dense import SLOPES, dtype_reason, layout_of
 from clone_fast.kernels._device import multiprocessors
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ELEMENTS = 2048  # of a tile
+ELEMENTS_DRAWN = 1024  # where it has three sums more
 ADDED = 512  # of a step of the second pass
 WARPS = 4
 PROGRAMS_PER_SM = 8
 PROGRAMS_WITH_DOTS = 5  # whose registers leave room for no more
+PROGRAMS_DRAWN = 8
+STAGES_DRAWN = 3  # tiles under way: what a thread reads at once is not enough to hide the memory's latency
+FEW = 4  # channels, at most, of the image
+LONGEST = 32  # tiles that a program adds of float32 images: the error of a sum grows with its length
 TILES = 4  # of a program at least where the GPU is full, so that few sums are left for the second pass
 COLUMNS = 8  # channels that a program of the second pass adds: 32 bytes of each row, of ROWS rows at a time
 ROWS = 1024
-
-
-@triton.jit
-def through_activation(value, seen, gain, clamp, SLOPE: tl.constexpr, CLAMP: tl.constexpr):
-    """The gradient of clamp(gain * act(z)) to z: from its own, and the result, of which linear ones need nothing."""
-    if SLOPE != 1.0:
-        value *= tl.where(seen > 0, gain, gain * SLOPE)
-    else:
-        value *= gain
-    if CLAMP:
-        value = tl.where(tl.abs(seen) < clamp, value, 0.0)
-    return value
-
-
-@triton.jit
-def sum_of_rows(sums, block, rows, columns, BR: tl.constexpr, BC: tl.constexpr):
-    """[BC]: the sum of sums[r, c] over r, for a block of columns; in the same order every time."""
-    c = block * BC + tl.arange(0, BC)[None, :]
-    part = tl.zeros((BR, BC), dtype=tl.float32)
-    for start in range(0, rows, BR):
-        r = start + tl.arange(0, BR)[:, None]
-        part += tl.load(sums + r * columns + c, mask=(r < rows) & (c < columns), other=0.0)
-    return tl.sum(part, axis=0)
-
-
-@triton.jit
-def _act_backward_kernel(
-    dy,
-    y,
-    noise,
-    strength,
-    bias,
-    g,
-    bias_sums,
-    noise_sums,
-    strength_sums,
-    dots,
-    channels,
-    pixels,
-    tiles_p,
-    tiles,
-    noise_samples,
-    gain,
-    clamp,
-    SLOPE: tl.constexpr,
-    CLAMP: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    DIRECT: tl.constexpr,
-    SCALED: tl.constexpr,
-    NOISY: tl.constexpr,
-    BIASED: tl.constexpr,
-    WANT_NOISE: tl.constexpr,
-    WANT_STRENGTH: tl.constexpr,
-    WANT_BIAS: tl.constexpr,
-    WANT_DOTS: tl.constexpr,
-    BC: tl.constexpr,
-    BP: tl.constexpr,
-):
-    """Programs (share of the tiles, block of channels); a tile is BP pixels of one sample times BC channels.
-
-    pixels: of one sample. noise_samples: 1 where all samples share the noise. DIRECT: the sums over the channels are
-    the gradient of the noise itself, but for the factor of the strength (SCALED). WANT_DOTS: a share is of one sample.
-    """
-    share = tl.program_id(0)
-    first, end, step = share, tiles, tl.num_programs(0)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
-    if WANT_DOTS:
-        of_dots = tl.zeros((BP, BC), dtype=tl.float32)
-        step = tl.num_programs(0) // (tiles // tiles_p)
-        end = (share // step + 1) * tiles_p
-        first = end - tiles_p + share % step
-        shift = 0.0
-        if BIASED:
-            shift = tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)
-    of_bias = tl.zeros((BP, BC), dtype=tl.float32)
-    of_strength = tl.zeros((BP, 1), dtype=tl.float32)
-    for tile in range(first, end, step):
-        n = tile // tiles_p
-        p = tile % tiles_p * BP + tl.arange(0, BP)[:, None]
-        inside = (p < pixels) & (c < channels)
-        if CHANNELS_LAST:
-            at = (n * pixels + p) * channels + c
-        else:
-            at = (n * channels + c) * pixels + p
-        value = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        if SLOPE != 1.0 or CLAMP or WANT_DOTS:
-            seen = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-            dot = value * seen
-            value = through_activation(value, seen, gain, clamp, SLOPE, CLAMP)
-            if CLAMP:
-                dot = tl.where(tl.abs(seen) < clamp, dot, 0.0)
-        else:
-            value *= gain
-        if GRADIENT:
-            tl.store(g + at, value.to(g.dtype.element_ty), mask=inside)
-        if WANT_BIAS:
-            of_bias += value
-        if WANT_DOTS:
-            added = shift
-            if NOISY:
-                at = n % noise_samples * pixels + p
-                level = tl.load(noise + at, mask=p < pixels, other=0.0).to(tl.float32)
-                if SCALED:
-                    level *= tl.load(strength).to(tl.float32)
-                added += level
-            of_dots += dot - value * added
-        if WANT_NOISE or WANT_STRENGTH:
-            of_pixel = tl.sum(value, axis=1, keep_dims=True)
-            if WANT_STRENGTH:
-                at = n % noise_samples * pixels + p
-                of_strength += of_pixel * tl.load(noise + at, mask=p < pixels, other=0.0).to(tl.float32)
-            if WANT_NOISE:
-                if SCALED and DIRECT:
-                    of_pixel *= tl.load(strength).to(tl.float32)
-                at = (tl.program_id(1) * (tiles // tiles_p) + n) * pixels + p
-                tl.store(noise_sums + at, of_pixel.to(noise_sums.dtype.element_ty), mask=p < pixels)
-    if WANT_BIAS:
-        # Side by side: sums of one program apart from each other cost 80 ps each, more than the pass over the image.
-        c = tl.program_id(1) * BC + tl.arange(0, BC)
-        tl.store(bias_sums + share * channels + c, tl.sum(of_bias, axis=0), mask=c < channels)
-    if WANT_DOTS:
-        c = tl.program_id(1) * BC + tl.arange(0, BC)
-        tl.store(dots + share * channels + c, tl.sum(of_dots, axis=0), mask=c < channels)
-    if WANT_STRENGTH:
-        tl.store(strength_sums + tl.program_id(1) * tl.num_programs(0) + share, tl.sum(of_strength))
-
-
-@triton.jit
-def _add_sums(
-    bias_sums,
-    dbias,
-    strength_sums,
-    dstrength,
-    noise_sums,
-    dnoise,
-    strength,
-    channels,
-    shares,
-    strength_shares,
-    noise_parts,
-    noise_size,
-    SCALED: tl.constexpr,
-    WANT_STRENGTH: tl.constexpr,
-    ADD_NOISE: tl.constexpr,
-    WANT_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """The second pass. Programs: one for every BC channels of the bias, then that of the strength, then the noise's."""
-    pid = tl.program_id(0)
-    of_bias = tl.cdiv(channels, BC)
-    if pid < of_bias:
-        if WANT_BIAS:
-            line = sum_of_rows(bias_sums, pid, shares, channels, BR, BC)
-            c = pid * BC + tl.arange(0, BC)
-            tl.store(dbias + c, line.to(dbias.dtype.element_ty), mask=c < channels)
-    elif pid < of_bias + WANT_STRENGTH:
-        if WANT_STRENGTH:
-            line = tl.zeros((BLOCK,), dtype=tl.float32)
-            for start in range(0, strength_shares, BLOCK):
-                i = start + tl.arange(0, BLOCK)
-                line += tl.load(strength_sums + i, mask=i < strength_shares, other=0.0)
-            tl.store(dstrength, tl.sum(line).to(dstrength.dtype.element_ty))
-    elif ADD_NOISE:
-        p = (pid - of_bias - WANT_STRENGTH) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for number in range(noise_parts):
-            total += tl.load(noise_sums + number * noise_size + p, mask=p < noise_size, other=0.0)
-        if SCALED:
-            total *= tl.load(strength).to(tl.float32)
-        tl.store(dnoise + p, total.to(dnoise.dtype.element_ty), mask=p < noise_size)
 
 
 def supports_act_backward(
@@ -222,12 +58,7 @@ def supports_act_backward(
         return f"only {', '.join(SLOPES)} are fused, got {act!r}"
     if gain <= 0:
         return f"gain must be positive to read the activation's sign off its result, got {gain}"
-    for tensor in (dy, y):
-        if tensor.dtype == torch.float64:
-            return "float64 runs on the reference only"
-        if tensor.dtype not in DTYPES:
-            return f"no kernel for {tensor.dtype}"
-    return None
+    return dtype_reason(dy) or dtype_reason(y)
 
 
 def shares_of(device: torch.device, tiles: int, blocks: int, programs: int = PROGRAMS_PER_SM) -> int:
@@ -268,25 +99,105 @@ def launch_act_backward(
         of the noise itself, where there is nothing to add. dots [N, any, C] in float32, which added up over the middle
         are the sums of g conv over the pixels.
     """
+    given = (noise, noise_strength, bias, act, gain, clamp, want_noise, want_strength, want_bias, want_dots)
+    return _launch(dy, y, *given, None)[:5]
+
+
+class Drawn(NamedTuple):
+    """The image drawn of a result, see `launch_drawn_act_backward`."""
+
+    dimage: Tensor
+    weight: Tensor
+    want_weight: bool
+    want_bias: bool
+
+
+def supports_drawn_act_backward(
+    dy: Tensor | None, dimage: Tensor, y: Tensor, image_weight: Tensor, *rest: object
+) -> str | None:
+    """None where `launch_drawn_act_backward` can run, else the reason why not."""
+    few, channels, k = image_weight.shape[-4:-1]
+    if k != 1 or few > FEW or few >= channels:
+        return f"only images of up to {FEW} channels by a 1x1 kernel from more, got {few} of {channels} by {k}x{k}"
+    reason = dtype_reason(dimage) or dtype_reason(image_weight)
+    return reason or supports_act_backward(y if dy is None else dy, y, *rest[:8])  # type: ignore[arg-type]
+
+
+def launch_drawn_act_backward(
+    dy: Tensor | None,
+    dimage: Tensor,
+    y: Tensor,
+    image_weight: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    act: str,
+    gain: float,
+    clamp: float | None,
+    want_noise: bool,
+    want_strength: bool,
+    want_bias: bool,
+    bias: Tensor | None,
+    want_dots: bool,
+    want_image_weight: bool,
+    want_image_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """`launch_act_backward` where conv(y, image_weight) + bias is an image, whose gradient goes along.
+
+    Args:
+        dy: [N, C, H, W], None for zeros: without what comes through the image.
+        dimage: [N, F, H, W], the gradient of the image, in any layout and floating dtype; F is at most FEW.
+        image_weight: [F, C, 1, 1], or [N, F, C, 1, 1], every sample's own, in any memory order.
+
+    Returns:
+        What `launch_act_backward` does, g in y's dtype where there is no dy, and the programs' sums in float32 to
+        image_weight [any, F C], which `launch_pointwise_sums` adds, and to a bias of the image [any, F], which
+        `launch_act_sums` does; None where not wanted.
+    """
+    drawn = Drawn(dimage, image_weight, want_image_weight, want_image_bias)
+    wanted = (want_noise, want_strength, want_bias, want_dots)
+    return _launch(dy, y, noise, noise_strength, bias, act, gain, clamp, *wanted, drawn)
+
+
+def _launch(
+    dy: Tensor | None,
+    y: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    act: str,
+    gain: float,
+    clamp: float | None,
+    want_noise: bool,
+    want_strength: bool,
+    want_bias: bool,
+    want_dots: bool,
+    drawn: Drawn | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     n, channels, height, width = y.shape
     pixels = height * width
     layout = layout_of(y)
     last = layout is torch.channels_last
-    y, dy = y.contiguous(memory_format=layout), dy.contiguous(memory_format=layout)
-    changes = act != "linear" or clamp is not None or gain != 1.0
-    g = torch.empty_like(dy) if changes else dy
+    y, dy = y.contiguous(memory_format=layout), None if dy is None else dy.contiguous(memory_format=layout)
+    changes = drawn is not None or act != "linear" or clamp is not None or gain != 1.0
+    g = torch.empty_like(y if dy is None else dy) if dy is None or changes else dy
     if noise is None:
         want_noise = want_strength = False
     if not (changes or want_noise or want_strength or want_bias or want_dots):
-        return g, None, None, None, None
+        return g, None, None, None, None, None, None
 
     # Channels last: all channels of some pixels. Else few channels of many pixels, more where they are to be added.
     bc = min(triton.next_power_of_2(channels), 1024 if last else 32 if want_noise else 8)
-    bp = max(1, min(ELEMENTS // bc, triton.next_power_of_2(pixels)))
+    elements = ELEMENTS if drawn is None else ELEMENTS_DRAWN
+    bp = max(1, min(elements // bc, triton.next_power_of_2(pixels)))
     blocks = triton.cdiv(channels, bc)
     tiles_p = triton.cdiv(pixels, bp)
     tiles = tiles_p * n
-    if want_dots:
+    if drawn is not None:
+        shares = shares_of(y.device, tiles_p, n * blocks, PROGRAMS_WITH_DOTS if want_dots else PROGRAMS_DRAWN)
+        if y.dtype == torch.float32:
+            shares = max(shares, triton.cdiv(tiles_p, LONGEST))
+        shares *= n
+    elif want_dots:
         shares = n * shares_of(y.device, tiles_p, n * blocks, PROGRAMS_WITH_DOTS)
     else:
         shares = shares_of(y.device, tiles, blocks)
@@ -303,6 +214,12 @@ def launch_act_backward(
         noise_sums = noise.new_empty(noise.shape) if direct else sums(blocks * n * pixels)
     dots = sums(n, shares // n, channels) if want_dots else None
     exact = None if clamp is None else rounded(clamp, y.dtype)
+    few, w, dimage, w_sums, dimage_sums = 0, None, None, None, None
+    if drawn is not None:
+        few, w = drawn.weight.shape[-4], drawn.weight
+        dimage = drawn.dimage.contiguous(memory_format=layout_of(drawn.dimage))
+        w_sums = sums(shares, few * channels) if drawn.want_weight else None
+        dimage_sums = sums(shares, few) if drawn.want_bias else None
     _act_backward_kernel[(shares, blocks)](
         dy,
         y,
@@ -314,11 +231,18 @@ def launch_act_backward(
         noise_sums,
         strength_sums,
         dots,
+        dimage,
+        w,
+        w_sums,
+        dimage_sums,
         channels,
         pixels,
         tiles_p,
         tiles,
         samples,
+        w.stride(0) if w is not None and w.ndim == 5 else 0,
+        0 if w is None else w.stride(-3),
+        0 if w is None else w.stride(-4),
         gain,
         exact or 0.0,
         SLOPE=SLOPES[act],
@@ -333,11 +257,17 @@ def launch_act_backward(
         WANT_STRENGTH=want_strength,
         WANT_BIAS=want_bias,
         WANT_DOTS=want_dots,
+        HAS_DY=dy is not None,
+        FEW=few,
+        FEW_LAST=dimage is not None and layout_of(dimage) is torch.channels_last,
+        WANT_W=w_sums is not None,
+        WANT_DIMAGE=dimage_sums is not None,
         BC=bc,
         BP=bp,
+        STAGES=1 if drawn is None else STAGES_DRAWN,
         num_warps=WARPS,
     )
-    return g, noise_sums, strength_sums, bias_sums, dots
+    return g, noise_sums, strength_sums, bias_sums, dots, w_sums, dimage_sums
 
 
 def launch_act_sums(

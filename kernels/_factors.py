@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clone_fast.kernels._act_backward import ELEMENTS, WARPS, shares_of, sum_of_rows
+from clone_fast.kernels._act_backward import ELEMENTS, WARPS, shares_of
+from clone_fast.kernels._act_kernels import sum_of_rows
 from clone_fast.kernels._dense import layout_of
 from clone_fast.kernels._modulate import modulate
 

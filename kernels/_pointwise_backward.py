@@ -17,11 +17,10 @@ import torch
 import triton
 from torch import Tensor
 
-from clone_fast.kernels._act_backward import COLUMNS, ROWS, rounded, shares_of, supports_act_backward
+from clone_fast.kernels._act_backward import COLUMNS, FEW, LONGEST, ROWS, rounded, shares_of, supports_act_backward
 from clone_fast.kernels._dense import SLOPES, layout_of
 from clone_fast.kernels._pointwise_kernels import add_shares, few_inputs_kernel, few_outputs_kernel
 
-FEW = 4  # channels, at most, of one side
 WHOLE = 1024  # channels, at most, of a block that has to hold all of them
 PIXELS = 2**25  # of an image, at most: within a tile offsets have 32 bits
 ELEMENTS = 1024  # of a tile: 16 bytes of half precision for each thread
@@ -31,7 +30,6 @@ WARPS = 4
 STAGES = 3  # tiles under way: what a thread reads at once is not enough to hide the memory's latency
 PROGRAMS_PER_SM = 16
 FEW_TILES = 4  # that one program adds alone
-LONGEST = 32  # tiles that a program adds in float32: the error of a sum grows with its length
 
 
 def supports_pointwise_backward(

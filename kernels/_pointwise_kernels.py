@@ -9,45 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from clone_fast.kernels._act_backward import sum_of_rows, through_activation
-
-
-@triton.jit
-def _tile(image, start, row, first, column, channels, pixels, CHANNELS_LAST: tl.constexpr):
-    """Pointers to channels first + column of the pixels start + row; 64 bits, an image may have 2^31 elements."""
-    if CHANNELS_LAST:
-        at = image + (tl.cast(start, tl.int64) * channels + first) + (row * channels + column)
-    else:
-        at = image + (tl.cast(first, tl.int64) * pixels + start) + (column * pixels + row)
-    return at
-
-
-@triton.jit
-def _columns(image, start, row, pixels, FEW: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """The pixels start + row of an image of few channels: of each [BP, 1]."""
-    columns = ()
-    for i in tl.static_range(FEW):
-        at = _tile(image, start, row, 0, i, FEW, pixels, CHANNELS_LAST)
-        columns += (tl.load(at, mask=row < pixels - start, other=0.0),)  # type: ignore[assignment]
-    return columns
-
-
-@triton.jit
-def _weights(weight, c, channels, w_wide, w_few, FEW: tl.constexpr):
-    """Those of each of the few channels, [1, BC]."""
-    weights = ()
-    for i in tl.static_range(FEW):
-        value = tl.load(weight + c * w_wide + i * w_few, mask=c < channels, other=0.0).to(tl.float32)
-        weights += (value,)  # type: ignore[assignment]
-    return weights
-
-
-@triton.jit
-def _zeros(FEW: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
-    zeros = ()
-    for _ in tl.static_range(FEW):
-        zeros += (tl.zeros((BP, BC), dtype=tl.float32),)  # type: ignore[assignment]
-    return zeros
+from clone_fast.kernels._act_kernels import (
+    few_columns,
+    few_weights,
+    few_zeros,
+    sum_of_rows,
+    through_activation,
+    tile_at,
+)
 
 
 @triton.jit
@@ -98,30 +67,30 @@ def few_inputs_kernel(
     y += of_image * channels
     if WANT_DX:
         dx += of_image * FEW
-        weights = _weights(weight + n * w_n, first + column, channels, w_wide, w_few, FEW)
+        weights = few_weights(weight + n * w_n, first + column, channels, w_wide, w_few, FEW)
     begin = tl.program_id(0) % shares * BP
     step = shares * BP
     if WANT_DW:
         x += of_image * FEW
-        sums = _zeros(FEW, BP, BC)
-        there = _columns(x, begin, row, pixels, FEW, FEW_LAST)
+        sums = few_zeros(FEW, BP, BC)
+        there = few_columns(x, begin, row, pixels, FEW, FEW_LAST)
     of_bias = tl.zeros((BP, BC), dtype=tl.float32)
     for start in tl.range(begin, pixels, step, num_stages=STAGES):
         inside = (row < pixels - start) & (column < channels - first)
         value = tl.load(
-            _tile(dy, start, row, first, column, channels, pixels, WIDE_LAST), mask=inside, other=0.0
+            tile_at(dy, start, row, first, column, channels, pixels, WIDE_LAST), mask=inside, other=0.0
         ).to(tl.float32)  # fmt: skip
         seen = value
         if SLOPE != 1.0 or CLAMP:
             seen = tl.load(
-                _tile(y, start, row, first, column, channels, pixels, WIDE_LAST), mask=inside, other=0.0
+                tile_at(y, start, row, first, column, channels, pixels, WIDE_LAST), mask=inside, other=0.0
             ).to(tl.float32)  # fmt: skip
         value = through_activation(value, seen, gain, clamp, SLOPE, CLAMP)
         if WANT_BIAS:
             of_bias += value
         if WANT_DW:
             # A step ahead: elements of 2 bytes are too small for what Triton copies ahead in stages.
-            coming = _columns(x, start + step, row, pixels, FEW, FEW_LAST)
+            coming = few_columns(x, start + step, row, pixels, FEW, FEW_LAST)
             added = ()
             for i in tl.static_range(FEW):
                 added += (sums[i] + value * there[i].to(tl.float32),)  # type: ignore[assignment]
@@ -129,7 +98,7 @@ def few_inputs_kernel(
             there = coming
         if WANT_DX:
             # LANES threads have the sum of a pixel, and one stores it: a single column would go through shared memory.
-            at = _tile(dx, start, row, 0, lane, FEW, pixels, FEW_LAST)
+            at = tile_at(dx, start, row, 0, lane, FEW, pixels, FEW_LAST)
             for i in tl.static_range(FEW):
                 total = tl.sum(value * weights[i], axis=1, keep_dims=True).to(dx.dtype.element_ty)
                 tl.store(at, tl.broadcast_to(total, (BP, LANES)), mask=(row < pixels - start) & (lane == i))
@@ -187,25 +156,25 @@ def few_outputs_kernel(
     y += of_image * FEW
     begin = tl.program_id(0) % shares * BP
     step = shares * BP
-    grads = _columns(dy, begin, row, pixels, FEW, DY_LAST)
+    grads = few_columns(dy, begin, row, pixels, FEW, DY_LAST)
     seen = grads
     if SLOPE != 1.0 or CLAMP:
-        seen = _columns(y, begin, row, pixels, FEW, FEW_LAST)
+        seen = few_columns(y, begin, row, pixels, FEW, FEW_LAST)
     if WANT_DX:
         dx += of_image * channels
-        weights = _weights(weight + n * w_n, first + column, channels, w_wide, w_few, FEW)
+        weights = few_weights(weight + n * w_n, first + column, channels, w_wide, w_few, FEW)
     if WANT_DW:
         x += of_image * channels
-        sums = _zeros(FEW, BP, BC)
+        sums = few_zeros(FEW, BP, BC)
     if WANT_BIAS:
-        of_bias = _zeros(FEW, BP, 1)
+        of_bias = few_zeros(FEW, BP, 1)
     for start in tl.range(begin, pixels, step, num_stages=STAGES):
         inside = (row < pixels - start) & (column < channels - first)
         if WANT_DW:
             there = tl.load(
-                _tile(x, start, row, first, column, channels, pixels, WIDE_LAST), mask=inside, other=0.0
+                tile_at(x, start, row, first, column, channels, pixels, WIDE_LAST), mask=inside, other=0.0
             ).to(tl.float32)  # fmt: skip
-        coming = _columns(dy, start + step, row, pixels, FEW, DY_LAST)
+        coming = few_columns(dy, start + step, row, pixels, FEW, DY_LAST)
         total = tl.zeros((BP, BC), dtype=tl.float32)
         added = ()
         biased = ()
@@ -218,7 +187,7 @@ def few_outputs_kernel(
             if WANT_DX:
                 total += value * weights[o]
         if WANT_DX:
-            at = _tile(dx, start, row, first, column, channels, pixels, WIDE_LAST)
+            at = tile_at(dx, start, row, first, column, channels, pixels, WIDE_LAST)
             tl.store(at, total.to(dx.dtype.element_ty), mask=inside)
         if WANT_DW:
             sums = added
@@ -226,7 +195,7 @@ def few_outputs_kernel(
             of_bias = biased
         grads = coming
         if SLOPE != 1.0 or CLAMP:
-            seen = _columns(y, start + step, row, pixels, FEW, FEW_LAST)
+            seen = few_columns(y, start + step, row, pixels, FEW, FEW_LAST)
         else:
             seen = coming
     c = first + tl.arange(0, BC)

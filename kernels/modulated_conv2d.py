@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clone_fast.kernels._act_backward import launch_act_backward, launch_act_sums, supports_act_backward
+from clone_fast.kernels._act_backward import (
+    launch_act_backward,
+    launch_act_sums,
+    launch_drawn_act_backward,
+    supports_act_backward,
+    supports_drawn_act_backward,
+)
 from clone_fast.kernels._conv import Geometry, convolve
 from clone_fast.kernels._conv_memory import on_16_bytes
 from clone_fast.kernels._conv_tuning import divides_warps
@@ -34,6 +40,7 @@ __all__ = [
     "launch_conv",
     "launch_conv_add",
     "launch_conv_finish",
+    "launch_drawn_act_backward",
     "launch_factor_gradients",
     "launch_factored",
     "launch_factored_backward",
@@ -49,6 +56,7 @@ __all__ = [
     "supports_conv",
     "supports_conv_add",
     "supports_conv_finish",
+    "supports_drawn_act_backward",
     "supports_finish",
     "supports_pointwise_backward",
     "supports_wgrad",

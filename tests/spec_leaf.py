@@ -198,6 +198,25 @@ def act_backward(
     return g, noise_sums, strength_sums, g.sum([2, 3]) if want_bias else None, dots
 
 
+def drawn(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *epilogue, act, gain, clamp, image_weight, image_bias, image_clamp = args
+    y = _convolution(x, weight, *epilogue, None, 1, 1, act, gain, clamp)
+    plain = (None, None, image_bias, None, 1, 1, "linear", 1.0, image_clamp)
+    return tuple(as_result(one, x) for one in (y, _convolution(y, image_weight, *plain)))  # type: ignore[return-value]
+
+
+def drawn_act_backward(
+    dy: Tensor | None, dimage: Tensor, y: Tensor, image_weight: Tensor, *args: Any
+) -> tuple[Tensor | None, ...]:
+    """With one program for each sample."""
+    *activation, want_weight, want_bias = args
+    w = (image_weight if image_weight.ndim == 5 else image_weight.expand(len(y), *image_weight.shape)).flatten(2)
+    through = torch.einsum("nfc,nfhw->nchw", w, dimage)
+    found = act_backward(through if dy is None else dy + through, y, *activation)
+    of_weight = torch.einsum("nfhw,nchw->nfc", dimage, y).flatten(1)
+    return *found, of_weight if want_weight else None, dimage.sum([2, 3]) if want_bias else None
+
+
 def act_sums(
     noise_sums: Tensor | None,
     strength_sums: Tensor | None,
@@ -299,6 +318,8 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
         "launch_finish": finish,
         "launch_wgrad": wgrad,
         "launch_act_backward": act_backward,
+        "launch_drawn": drawn,
+        "launch_drawn_act_backward": drawn_act_backward,
         "launch_act_sums": act_sums,
         "launch_pointwise_backward": pointwise_backward,
         "launch_pointwise_sums": pointwise_sums,
@@ -314,10 +335,10 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
 
 def steps(op: str, *, whole: bool = True) -> types.SimpleNamespace:
     """The leaf of an op; where it is not `whole`, modulated_conv2d has to be composed of steps where it resamples, and
-    the gradient of a 1x1 convolution and its sum with an image are, too."""
+    the gradient of a 1x1 convolution, its sum with an image and the image drawn of a result are, too."""
     functions = dict(SPEC[op])
     if op == "modulated_conv2d" and not whole:
-        del functions["launch_pointwise_backward"], functions["launch_conv_add"]
+        del functions["launch_pointwise_backward"], functions["launch_conv_add"], functions["launch_drawn"]
         functions["supports"] = lambda *args: None if args[6:8] == (1, 1) else "fuses no resampling"
     if op in ("upfirdn2d", "modulated_conv2d"):
         launch = functions["launch"]

@@ -141,14 +141,17 @@ def test_update_of_the_mean_latent() -> None:
 
 def test_torgb_scales_its_styles_and_does_not_demodulate() -> None:
     g = generator()
-    layer = g.synthesis.b16.torgb
+    before, layer = g.synthesis.b16.conv1, g.synthesis.b16.torgb
     torch.nn.init.normal_(layer.bias)
     x, ws = double(2, 4, 16, 16), double(2, 6, 6)
-    given = g.synthesis.styles(ws)["b16.torgb"]
+    given = g.synthesis.styles(ws)
+    of_before = Prepared(given["b16.conv1"], before.bias)
+    y, rgb = before.drawn(x, of_before, layer, Prepared(given["b16.torgb"], layer.bias))
     styles = naive.array(layer.affine(ws[:, 5])) / 4**0.5
-    want = np.einsum("oi,ni,nihw->nohw", naive.array(layer.weight)[:, :, 0, 0], styles, naive.array(x))
-    assert_same(given, styles)
-    assert_same(layer(x, Prepared(given, layer.bias)), want + naive.array(layer.bias)[:, None, None])
+    want = np.einsum("oi,ni,nihw->nohw", naive.array(layer.weight)[:, :, 0, 0], styles, naive.array(y))
+    assert torch.equal(y, before(x, of_before))
+    assert_same(given["b16.torgb"], styles)
+    assert_same(rgb, want + naive.array(layer.bias)[:, None, None])
 
 
 @pytest.mark.parametrize("index", range(6))
@@ -234,7 +237,7 @@ def test_the_image_so_far_is_upsampled_keeping_its_brightness() -> None:
     """With every layer of 8x8 silent, the image is that of 4x4, interpolated."""
     g = generator(Architecture(img_resolution=8, z_dim=4, w_dim=4, channel_max=4))
     small: list[Tensor] = []
-    g.synthesis.b4.torgb.register_forward_hook(lambda module, args, out: small.append(out))
+    g.synthesis.b4.register_forward_hook(lambda module, args, out: small.append(out[1]))
     g.synthesis.b8.torgb.weight.zero_()
     g.synthesis.b8.torgb.bias.zero_()
     image = g.synthesis(double(1, 4, 4))

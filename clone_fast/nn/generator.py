@@ -21,89 +21,14 @@ from clone_fast.nn.layers import (
     fast_layout,
     in_one_go,
     limit_in,
-    normalize_2nd_moment,
     run,
 )
-from clone_fast.ops import modulated_conv2d, setup_filter, styles, upsample2d_add
+from clone_fast.nn.mapping import MappingNetwork
+from clone_fast.ops import modulated_conv2d, modulated_conv2d_torgb, setup_filter, styles, upsample2d_add
 from clone_fast.ops.bias_act import ACTIVATIONS
 from clone_fast.ops.streams import aside, at_home, beside, joined, ready
 
 NOISE_MODES = ("const", "random", "none")
-
-
-class MappingNetwork(nn.Module):
-    """z and class label to w: [N, z_dim], [N, c_dim] -> [N, num_ws, w_dim], or [N, out_dim] if num_ws is None."""
-
-    w_avg: Tensor
-
-    def __init__(
-        self,
-        z_dim: int,
-        c_dim: int,
-        out_dim: int,
-        num_ws: int | None,
-        *,
-        num_layers: int = 8,
-        lr_multiplier: float = 0.01,
-        w_avg_beta: float | None = 0.998,
-    ) -> None:
-        super().__init__()
-        self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, out_dim
-        self.num_ws, self.num_layers, self.w_avg_beta = num_ws, num_layers, w_avg_beta
-        embedded = out_dim if c_dim > 0 else 0
-        if c_dim > 0:
-            self.embed = FullyConnectedLayer(c_dim, embedded)
-        features = [z_dim + embedded] + [out_dim] * num_layers
-        for i in range(num_layers):
-            layer = FullyConnectedLayer(features[i], features[i + 1], activation="lrelu", lr_multiplier=lr_multiplier)
-            self.add_module(f"fc{i}", layer)
-        if num_ws is not None and w_avg_beta is not None:
-            self.register_buffer("w_avg", torch.zeros(out_dim))
-
-    def forward(
-        self,
-        z: Tensor | None,
-        c: Tensor | None = None,
-        truncation_psi: float = 1.0,
-        truncation_cutoff: int | None = None,
-    ) -> Tensor:
-        """Map latents.
-
-        Args:
-            z: [N, z_dim], or None where z_dim is 0.
-            c: [N, c_dim], or None where c_dim is 0.
-            truncation_psi: 1 for w itself, 0 for the mean; in between, w_avg + psi * (w - w_avg).
-            truncation_cutoff: truncate only the first so many layers; None for all.
-
-        Raises:
-            ValueError: z or c has another shape, or is missing.
-        """
-        inputs = []
-        for name, value, size in (("z", z, self.z_dim), ("c", c, self.c_dim)):
-            if size == 0:
-                continue
-            if value is None or value.ndim != 2 or value.shape[1] != size:
-                got = "None" if value is None else list(value.shape)
-                raise ValueError(f"{name} must be [N, {size}], got {got}")
-            value = value.to(torch.promote_types(value.dtype, torch.float32))
-            inputs.append(normalize_2nd_moment(value if name == "z" else self.embed(value)))
-        x = torch.cat(inputs, dim=1)
-        for i in range(self.num_layers):
-            x = self.get_submodule(f"fc{i}")(x)
-        if self.num_ws is None:
-            return x
-        w = x[:, None]
-        truncated = w if truncation_psi == 1 else self.w_avg.lerp(w, truncation_psi)
-        ws = truncated.expand(-1, self.num_ws, -1)
-        if truncation_psi == 1 or truncation_cutoff is None:
-            return ws
-        return torch.cat([ws[:, :truncation_cutoff], w.expand(-1, self.num_ws, -1)[:, truncation_cutoff:]], dim=1)
-
-    @torch.no_grad()
-    def update_w_avg(self, ws: Tensor) -> None:
-        """Move w_avg towards the mean of ws [N, num_ws, w_dim]; only training calls this, a forward never does."""
-        if self.w_avg_beta is not None:
-            self.w_avg.lerp_(ws[:, 0].mean(dim=0), 1 - self.w_avg_beta)
 
 
 class Prepared(NamedTuple):
@@ -149,23 +74,39 @@ class SynthesisLayer(nn.Module):
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
 
     def forward(self, x: Tensor, given: Prepared) -> Tensor:
-        return modulated_conv2d(
+        f = self.resample_filter.float()
+        return modulated_conv2d(x, self.weight, given.styles, up=self.up, resample_filter=f, **self._rest(x, given))
+
+    def drawn(self, x: Tensor, given: Prepared, torgb: ToRGBLayer, to_rgb: Prepared) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, of a layer that keeps the resolution, and the image that torgb makes of it.
+
+        to_rgb.styles: what the affine layer says over the square root of in_channels, in place of a demodulation.
+        """
+        return modulated_conv2d_torgb(
             x,
             self.weight,
             given.styles,
-            up=self.up,
-            resample_filter=self.resample_filter.float(),
-            noise=given.noise,
-            noise_strength=given.noise_strength,
-            bias=given.bias,
-            act="lrelu",
-            gain=self.act_gain,
-            clamp=limit_in(x.dtype, self.conv_clamp),
+            torgb.weight,
+            to_rgb.styles,
+            **self._rest(x, given),
+            rgb_bias=to_rgb.bias,
+            rgb_clamp=limit_in(x.dtype, torgb.conv_clamp),
         )
+
+    def _rest(self, x: Tensor, given: Prepared) -> dict[str, Any]:
+        """What follows the convolution."""
+        return {
+            "noise": given.noise,
+            "noise_strength": given.noise_strength,
+            "bias": given.bias,
+            "act": "lrelu",
+            "gain": self.act_gain,
+            "clamp": limit_in(x.dtype, self.conv_clamp),
+        }
 
 
 class ToRGBLayer(nn.Module):
-    """Modulated 1x1 convolution to the image, without demodulation."""
+    """Modulated 1x1 convolution to the image, without demodulation; see `SynthesisLayer.drawn`."""
 
     def __init__(self, in_channels: int, out_channels: int, w_dim: int, *, conv_clamp: float | None = None) -> None:
         super().__init__()
@@ -173,11 +114,6 @@ class ToRGBLayer(nn.Module):
         self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1.0)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(out_channels))
-
-    def forward(self, x: Tensor, given: Prepared) -> Tensor:
-        """given.styles: what the affine layer says over the square root of in_channels, in place of a demodulation."""
-        limit = limit_in(x.dtype, self.conv_clamp)
-        return modulated_conv2d(x, self.weight, given.styles, demodulate=False, bias=given.bias, clamp=limit)
 
 
 class SynthesisBlock(nn.Module):
@@ -206,15 +142,17 @@ class SynthesisBlock(nn.Module):
             yield "conv0", self.conv0
         yield from (("conv1", self.conv1), ("torgb", self.torgb))
 
-    def forward(self, x: Tensor, given: Mapping[str, Prepared]) -> Tensor:
-        """x: of the first block its constant [N, C, 4, 4]. given: what every layer takes, by name."""
+    def forward(self, x: Tensor, given: Mapping[str, Prepared]) -> tuple[Tensor, Tensor]:
+        """The features of this resolution, and the image that is drawn of them.
+
+        x: of the first block its constant [N, C, 4, 4]. given: what every layer takes, by name.
+        """
         if not self.first:
             x = self.conv0(x, given["conv0"])
-        return self.conv1(x, given["conv1"])
+        return self.conv1.drawn(x, given["conv1"], self.torgb, given["torgb"])
 
-    def image(self, x: Tensor, img: Tensor | None, given: Mapping[str, Prepared]) -> Tensor:
-        """The image so far, float32 at least, of what `forward` returned and of the image up to the block before."""
-        rgb: Tensor = self.torgb(x, given["torgb"])
+    def image(self, rgb: Tensor, img: Tensor | None) -> Tensor:
+        """The image so far, float32 at least: of what `forward` drew and of the image up to the block before."""
         if img is None:
             return rgb.to(at_least_float32(rgb.dtype))
         return upsample2d_add(img, self.resample_filter.float(), rgb)  # in img's float32
@@ -342,10 +280,10 @@ class SynthesisNetwork(nn.Module):
         for resolution in self.block_resolutions:
             block: Any = self.get_submodule(f"b{resolution}")
             given = prepared[f"b{resolution}"]
-            x = run(block, x, given, recompute=recompute)
+            x, rgb = run(block, x, given, recompute=recompute)
             # beside the next blocks, which do not need it
-            reads = [x] if img is None else [x, img]
-            img = aside(x.device, "image", partial(block.image, x, img, given), reads)
+            reads = [rgb] if img is None else [rgb, img]
+            img = aside(x.device, "image", partial(block.image, rgb, img), reads)
         joined(x.device, "image")
         image: Tensor = img.contiguous()
         return image

@@ -7,6 +7,7 @@ from clone_fast.ops.conv2d_add import conv2d_add
 from clone_fast.ops.dispatch import backend, compile_ahead, explain, is_fast
 from clone_fast.ops.laplacian_pyramid import laplacian_pyramid, laplacian_pyramid_loss
 from clone_fast.ops.modulated_conv2d import modulated_conv2d
+from clone_fast.ops.modulated_conv2d_torgb import modulated_conv2d_torgb
 from clone_fast.ops.styles import styles
 from clone_fast.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 from clone_fast.ops.upfirdn2d_add import downsampled_branch, upsample2d_add
@@ -26,6 +27,7 @@ __all__ = [
     "laplacian_pyramid",
     "laplacian_pyramid_loss",
     "modulated_conv2d",
+    "modulated_conv2d_torgb",
     "setup_filter",
     "styles",
     "upfirdn2d",

@@ -1,6 +1,6 @@
 """The derivatives of modulated_conv2d on finished weights: the first from the steps that the leaves offer.
 
-g = dy * gain * slope, and its sums to bias and noise      one pass over dy and y
+g = dy * gain * slope, and its sums to bias and noise      one pass over dy and y, with what comes back through an image
 1x1, with few channels on one side: all in one pass over dy, y and x, but for sums of its programs
 plain: dx = conv of g with the transposed weight; dw = correlation of x and g
 up:    h = adjoint FIR of g; dx = conv of h with stride 2; dw = correlation of h and x
@@ -59,14 +59,34 @@ def convolution_gradients(
         if found is not None:
             dx, *parts = found
             return [dx, *_pointwise_summed(backend, parts, weight, bias)]
-
-    def step(name: str, *args: Any) -> Any:
-        return launch_step("modulated_conv2d", name, backend, *args)
-
     if (act, gain, clamp, any(want_sums)) == ("linear", 1.0, None, False) and dy.stride() == y.stride():
         g, parts = dy, [None] * 3
     else:
-        g, *parts, _ = step("act_backward", dy, y, noise, noise_strength, act, gain, clamp, *want_sums)
+        activation = (dy, y, noise, noise_strength, act, gain, clamp, *want_sums)
+        g, *parts, _ = launch_step("modulated_conv2d", "act_backward", backend, *activation)
+    inputs = (x, weight, noise, noise_strength, bias, resample_filter, up, down)
+    return _behind_activation(backend, g, parts, *inputs, want_dx, want_dw)
+
+
+def _behind_activation(
+    backend: str,
+    g: Tensor,
+    parts: Sequence[Tensor | None],
+    x: Tensor,
+    weight: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    resample_filter: Tensor | None,
+    up: int,
+    down: int,
+    want_dx: bool,
+    want_dw: bool,
+) -> list[Tensor | None]:
+    """Gradients to x, weight, noise, noise_strength and bias of the convolution's gradient and these parts of sums."""
+
+    def step(name: str, *args: Any) -> Any:
+        return launch_step("modulated_conv2d", name, backend, *args)
 
     def rest() -> tuple[Tensor | None, Tensor | None]:
         if up == 1 and down == 1:
@@ -116,18 +136,31 @@ def factor_gradients(
 
     since g z = dy y for an activation of slopes alone, and g = 0 beyond the clamp.
     """
-    geometry = (resample_filter, up, down)
-    bare = (None, None, None, *geometry, "linear", 1.0, None, [True, False, False, False, False])
     activation = (noise, noise_strength, act, gain, clamp, *want_sums)
     g, *parts, dots = launch_step("modulated_conv2d", "act_backward", backend, dy, y, *activation, bias, d is not None)
-    sums, dx = _summed(
-        backend,
-        parts,
-        noise,
-        noise_strength,
-        bias,
-        lambda: convolution_gradients(backend, g, g, x, weight, *bare)[0],
-    )
+    inputs = (x, weight, noise, noise_strength, bias, resample_filter, up, down)
+    return _of_factors(backend, g, parts, dots, *inputs, s, d)
+
+
+def _of_factors(
+    backend: str,
+    g: Tensor,
+    parts: Sequence[Tensor | None],
+    dots: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    resample_filter: Tensor | None,
+    up: int,
+    down: int,
+    s: Tensor,
+    d: Tensor | None,
+) -> list[Tensor | None]:
+    """Gradients to x, s, d, noise, noise_strength and bias of the convolution's gradient, and parts of sums."""
+    inputs = (x, weight, noise, noise_strength, bias, resample_filter, up, down)
+    dx, _, *sums = _behind_activation(backend, g, parts, *inputs, True, False)
 
     def of_factors() -> tuple[Tensor, Tensor | None]:  # in the memory order of s and d, as `_both` says
         ds, dd = launch_step("modulated_conv2d", "factor_gradients", backend, x, dx, s, dots, d)
@@ -136,6 +169,54 @@ def factor_gradients(
     reads = [tensor for tensor in (x, dx, dots) if tensor is not None]
     (ds, dd), _ = left_beside(x.device, "wgrad", [s], of_factors, lambda: None, reads)
     return [dx, ds, dd, *sums]
+
+
+def drawn_gradients(
+    backend: str,
+    dy: Tensor | None,
+    dimage: Tensor,
+    y: Tensor,
+    image: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    act: str,
+    gain: float,
+    clamp: float | None,
+    s: Tensor | None,
+    d: Tensor | None,
+    image_weight: Tensor,
+    image_bias: Tensor | None,
+    image_clamp: float | None,
+    wanted: list[bool],
+) -> list[Tensor | None]:
+    """Gradients to x, weight, noise, noise_strength, bias, s, d, image_weight and image_bias, None where not wanted.
+
+    Of a convolution without resampling and of the image that a 1x1 kernel draws of its result: what comes back through
+    the image, the sum with dy, the activation and all sums are one pass over y. With s the gradients are those of
+    `factor_gradients`, and the weight has none.
+    """
+    want_dx, want_dw, *want_sums = wanted[:5]
+    want_factors, want_image = s is not None and any(wanted[5:7]), wanted[7:]
+
+    def step(name: str, *args: Any) -> Any:
+        return launch_step("modulated_conv2d", name, backend, *args)
+
+    if image_clamp is not None:
+        dimage = step("act_backward", dimage, image, None, None, "linear", 1.0, image_clamp, False, False, False)[0]
+    activation = (noise, noise_strength, act, gain, clamp, *want_sums, bias, want_factors and d is not None)
+    found = step("drawn_act_backward", dy, dimage, y, image_weight, *activation, *want_image)
+    g, *parts, dots, of_image_weight, of_image_bias = found
+    # ahead of the convolution, which the lanes that add these up would wait for
+    dw_image, _, _, db_image = _pointwise_summed(backend, (of_image_weight, of_image_bias), image_weight, image_bias)
+    inputs = (x, weight, noise, noise_strength, bias, None, 1, 1)
+    if want_factors and s is not None:
+        dx, ds, dd, *sums = _of_factors(backend, g, parts, dots, *inputs, s, d)
+        return [dx, None, *sums, ds, dd, dw_image, db_image]
+    dx, dw, *sums = _behind_activation(backend, g, parts, *inputs, want_dx, want_dw)
+    return [dx, dw, *sums, None, None, dw_image, db_image]
 
 
 def _summed(

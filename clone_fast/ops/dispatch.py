@@ -244,6 +244,12 @@ def step_if_any(op: str, step: str, backend: str, *args: Any) -> Any:
     return None if isinstance(found, str) else found.launch(step, *args)
 
 
+def runs_step(op: str, step: str, *args: Any) -> bool:
+    """Whether some leaf of this installation runs a step with these arguments."""
+    leaves = (leaf(op, name) for name in PREFERENCE)
+    return any(not isinstance(found, str) and found.why_not(step, args) is None for found in leaves)
+
+
 def is_whole(op: str, backend: str, *args: Any) -> bool:
     """Whether the leaf of this backend launches the op in one; otherwise it is composed of steps."""
     found = leaf(op, backend)

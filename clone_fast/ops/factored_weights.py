@@ -121,7 +121,7 @@ def _fake_backward(dy: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _by_weights(backend: str, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+def by_weights(backend: str, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
     """What the op below computes, and is differentiated by its weights, which are linear in either factor."""
     *rest, s, d = args
     change = (s / s.detach())[:, None, :, None, None]
@@ -133,7 +133,7 @@ def _by_weights(backend: str, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
 
 def _gradients(recorded: Recorded, grads: list[Tensor], wanted: list[int]) -> Sequence[Tensor | None]:
     if torch.is_grad_enabled():
-        return composite_gradients(lambda *args: _by_weights(recorded.backend, *args), recorded.args, wanted, grads[0])
+        return composite_gradients(lambda *args: by_weights(recorded.backend, *args), recorded.args, wanted, grads[0])
     want_sums = [i in wanted for i in (2, 3, 4)]
     dx, ds, dd, *sums = _backward_op(grads[0], *recorded.results, *recorded.args, want_sums, recorded.backend)
     found = dict(zip((0, 11, 12, 2, 3, 4), (dx, ds, dd, *sums), strict=True))
@@ -158,13 +158,21 @@ _backward_op = register(
 )
 
 
-def factored_conv2d(
-    x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool, eps: float, *args: Any, backend: str
-) -> Tensor:
-    """`modulated_conv2d` with a gradient to all but the weight; the weight of any dtype, args as of `convolve`."""
+def factors(
+    x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The weights for x, and what they are made of besides: s [N, I] and, where demodulated, d [N, O]."""
     factored = step_backend("modulated_conv2d", "factored")
     # beside, also for the sake of its gradient, for which the layers before this one need not wait
     make = functools.partial(_weights_op, weight, styles, demodulate, eps, x.dtype, factored)
     made, s, d, _ = made_beside(x.device, "weights", make, reads=[weight, styles])
-    y: Tensor = _op(x, made, *args, s, d if demodulate else None, backend)
+    return made, s, d if demodulate else None
+
+
+def factored_conv2d(
+    x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool, eps: float, *args: Any, backend: str
+) -> Tensor:
+    """`modulated_conv2d` with a gradient to all but the weight; the weight of any dtype, args as of `convolve`."""
+    made, *rest = factors(x, weight, styles, demodulate, eps)
+    y: Tensor = _op(x, made, *args, *rest, backend)
     return y

@@ -35,6 +35,7 @@ from clone_fast.reference.bias_act import ACTIVATIONS, activation_defaults
 
 __all__ = ["modulated_conv2d"]
 
+UNCHANGED = ("linear", 1.0, None)  # act, gain and clamp that do nothing
 FUSED = ("linear", "relu", "lrelu")  # what a convolution's epilogue can do, and undo from its result, with a gain > 0
 
 
@@ -87,15 +88,17 @@ _weights_backward_op = register(
 )
 
 
-def _modulated_weights(weight: Tensor, styles: Tensor | None, x: Tensor, *options: Any) -> Tensor:
+def modulated_weights(
+    weight: Tensor, styles: Tensor | None, x: Tensor, demodulate: bool, eps: float, lane: str = "weights"
+) -> Tensor:
     """By a kernel that any backend may convolve with; without styles put in order once, for both directions."""
     backend = step_backend("modulated_conv2d", "modulate")
     in_order = backend == "reference" or weight.ndim == 5 or weight.shape[-1] == 1 or x.dtype.itemsize != 2
     if styles is None and in_order:
         return weight
     # beside, also for the sake of its gradient, for which the layers before this one need not wait
-    make = functools.partial(_weights_op, weight, styles, *options, x.dtype, backend)
-    made: Tensor = made_beside(x.device, "weights", make, reads=[weight] if styles is None else [weight, styles])
+    make = functools.partial(_weights_op, weight, styles, demodulate, eps, x.dtype, backend)
+    made: Tensor = made_beside(x.device, lane, make, reads=[weight] if styles is None else [weight, styles])
     return made
 
 
@@ -106,6 +109,57 @@ def _exact(x: Tensor, weight: Tensor, styles: Tensor | None, **options: Any) -> 
 
 def _in_dtype(value: Tensor | None, x: Tensor) -> Tensor | None:
     return None if value is None else value.to(x.dtype)
+
+
+def fused_activation(act: str, gain: float, clamp: float | None) -> tuple[str, float, float | None] | None:
+    """These, where they are done with the convolution; None where they are a pass of their own behind it."""
+    return (act, gain, clamp) if act in FUSED and gain > 0 else None
+
+
+def check_arguments(
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor | None,
+    up: int,
+    down: int,
+    resample_filter: Tensor | None,
+    demodulate: bool,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    act: str,
+    gain: float | None,
+    clamp: float | None,
+    eps: float,
+) -> float | None:
+    """Raise what `modulated_conv2d` says; the clamp as a number."""
+    op = "modulated_conv2d"
+    check_image(op, "x", x)
+    n, in_channels, height, width = x.shape
+    check_tensor(op, "weight", weight, x, ["O", in_channels, "k", "k"], [n, "O", in_channels, "k", "k"])
+    out_channels, _ = check_odd(op, weight, in_channels)
+    if styles is not None:
+        check_tensor(op, "styles", styles, x, [n, in_channels])
+    elif demodulate:
+        raise ValueError(f"{op}: demodulate=True needs styles [{n}, {in_channels}], got None")
+    if (up, down) not in ((1, 1), (2, 1), (1, 2)):
+        raise ValueError(f"{op}: up and down must be 1 or 2 and not both 2, got up={up!r}, down={down!r}")
+    if down == 2 and (height % 2 or width % 2):
+        raise ValueError(f"{op}: x must have an even height and width for down=2, got {describe(x)}")
+    if up == 2 or down == 2:
+        check_filter(op, "resample_filter", resample_filter, x)
+    size = (height * up // down, width * up // down)
+    check_result(op, [n, out_channels, *size])
+    if noise is not None:
+        check_tensor(op, "noise", noise, x, size, (1, 1, *size), (n, 1, *size))
+    if noise_strength is not None:
+        check_tensor(op, "noise_strength", noise_strength, x, [])
+    if bias is not None:
+        check_tensor(op, "bias", bias, x, [out_channels])
+    check_activation(op, act, clamp, ACTIVATIONS)
+    check_number(op, "gain", gain)
+    check_number(op, "eps", eps)
+    return None if clamp is None else float(clamp)
 
 
 def modulated_conv2d(
@@ -160,35 +214,12 @@ def modulated_conv2d(
         BackendError: the backend was named and cannot run this call.
     """
     op = "modulated_conv2d"
-    check_image(op, "x", x)
-    n, in_channels, height, width = x.shape
-    check_tensor(op, "weight", weight, x, ["O", in_channels, "k", "k"], [n, "O", in_channels, "k", "k"])
-    out_channels, _ = check_odd(op, weight, in_channels)
-    if styles is not None:
-        check_tensor(op, "styles", styles, x, [n, in_channels])
-    elif demodulate:
-        raise ValueError(f"{op}: demodulate=True needs styles [{n}, {in_channels}], got None")
-    if (up, down) not in ((1, 1), (2, 1), (1, 2)):
-        raise ValueError(f"{op}: up and down must be 1 or 2 and not both 2, got up={up!r}, down={down!r}")
-    if down == 2 and (height % 2 or width % 2):
-        raise ValueError(f"{op}: x must have an even height and width for down=2, got {describe(x)}")
-    if up == 2 or down == 2:
-        check_filter(op, "resample_filter", resample_filter, x)
-    size = (height * up // down, width * up // down)
-    check_result(op, [n, out_channels, *size])
-    if noise is not None:
-        check_tensor(op, "noise", noise, x, size, (1, 1, *size), (n, 1, *size))
-    if noise_strength is not None:
-        check_tensor(op, "noise_strength", noise_strength, x, [])
-    if bias is not None:
-        check_tensor(op, "bias", bias, x, [out_channels])
-    check_activation(op, act, clamp, ACTIVATIONS)
-    check_number(op, "gain", gain)
-    check_number(op, "eps", eps)
+    limit = check_arguments(
+        x, weight, styles, up, down, resample_filter, demodulate, noise, noise_strength, bias, act, gain, clamp, eps
+    )
     _, gain_value = activation_defaults(act, None, gain)
-    limit = None if clamp is None else float(clamp)
-    fused = act in FUSED and gain_value > 0  # anything else is a pass of its own behind the convolution
-    geometry = (resample_filter, up, down, *((act, gain_value, limit) if fused else ("linear", 1.0, None)))
+    last = fused_activation(act, gain_value, limit)
+    geometry = (resample_filter, up, down, *(last or UNCHANGED))
     chosen = resolve(op, backend, x, weight, noise, noise_strength, bias, *geometry)
     if chosen == "reference":
         exact: Tensor = _exact(
@@ -212,6 +243,6 @@ def modulated_conv2d(
     if styles is not None and serves(x, weight, styles):
         y = factored_conv2d(x, weight, styles, demodulate, float(eps), *rest, backend=chosen)
     else:
-        made = _modulated_weights(weight, styles, x, demodulate, float(eps))
+        made = modulated_weights(weight, styles, x, demodulate, float(eps))
         y = finished_weights.convolve(x, made.to(x.dtype), *rest, chosen)
-    return y if fused else bias_act(y, act=act, gain=gain_value, clamp=limit, backend=chosen)
+    return y if last else bias_act(y, act=act, gain=gain_value, clamp=limit, backend=chosen)
