@@ -15,6 +15,7 @@
 #include "dtype.h"
 
 // ---- one include for each op, in the order of the alphabet
+#include "_act_backward.h"
 #include "_resampled_conv.h"
 #include "_strided_conv.h"
 #include "adam.h"
@@ -157,6 +158,31 @@ PYBIND11_MODULE(_C, module) {
     module.def("modulated_conv2d_3x3_wgrad_fits", &modulated_conv2d_3x3_wgrad_fits);
     module.def("modulated_conv2d_3x3_wgrad_floats", &modulated_conv2d_3x3_wgrad_floats);
     module.def("modulated_conv2d_3x3_wgrad_partials", &modulated_conv2d_3x3_wgrad_partials);
+
+    // ---- modulated_conv2d, the gradient of what follows
+    py::class_<ActBackward>(module, "ActBackward")
+        .def(py::init([](int dtype, int n, int channels, int pixels, int shares, int few, Address dy, Address y,
+                         Address g, Address noise, std::int64_t noise_stride, Address strength, Address bias,
+                         Address dimage, const std::array<int, 2>& image_strides, Address w,
+                         const std::array<std::int64_t, 3>& w_strides, float positive, float negative, float clamp,
+                         Address bias_sums, Address strength_sums, Address dots, Address w_sums, Address dimage_sums) {
+                 return ActBackward{Dtype{dtype}, n, channels, pixels, shares, few, pointer(dy), pointer(y), pointer(g),
+                                    pointer(noise), noise_stride, pointer(strength), pointer(bias), pointer(dimage),
+                                    image_strides[0], image_strides[1], pointer(w), w_strides[0], w_strides[1],
+                                    w_strides[2], positive, negative, clamp, pointer<float>(bias_sums),
+                                    pointer<float>(strength_sums), pointer<float>(dots), pointer<float>(w_sums),
+                                    pointer<float>(dimage_sums)};
+             }),
+             py::kw_only(), "dtype"_a, "n"_a, "channels"_a, "pixels"_a, "shares"_a, "few"_a, "dy"_a, "y"_a, "g"_a,
+             "noise"_a, "noise_stride"_a, "strength"_a, "bias"_a, "dimage"_a, "image_strides"_a, "w"_a, "w_strides"_a,
+             "positive"_a, "negative"_a, "clamp"_a, "bias_sums"_a, "strength_sums"_a, "dots"_a, "w_sums"_a,
+             "dimage_sums"_a);
+    module.def(
+        "act_backward", [](const ActBackward& op, Address stream) { act_backward(op, stream_of(stream)); }, unlocked);
+    module.def("act_backward_channels", [](int dtype) { return act_backward_channels(Dtype{dtype}); });
+    module.def("act_backward_shares", [](int dtype, int n, int channels, int pixels) {
+        return act_backward_shares(Dtype{dtype}, n, channels, pixels);
+    });
 
     // ---- modulated_conv2d, resampling by 2
     py::class_<ResampledConv>(module, "ResampledConv")

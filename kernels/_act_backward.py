@@ -13,7 +13,6 @@ and the gradient that w sends back is never in memory.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ import triton
 from torch import Tensor
 
 from clone_fast.kernels._act_kernels import _act_backward_kernel, _add_sums
-from clone_fast.kernels._dense import SLOPES, dtype_reason, layout_of
+from clone_fast.kernels._dense import SLOPES, dtype_reason, layout_of, rounded
 from clone_fast.kernels._device import multiprocessors
 
 ELEMENTS = 2048  # of a tile
@@ -318,9 +317,3 @@ def launch_act_sums(
             num_warps=WARPS,
         )
     return dnoise, dstrength, dbias
-
-
-@functools.cache
-def rounded(value: float, dtype: torch.dtype) -> float:
-    """The number that a result clamped to `value` holds."""
-    return float(torch.tensor(value, dtype=dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -34,3 +35,9 @@ def extents(x: Tensor, dim: int) -> tuple[int, int, int]:
         order = [0, 2, 3, 1]
     sizes, at = [x.shape[axis] for axis in order], order.index(dim) if order else 0
     return math.prod(sizes[:at]), math.prod(sizes[at : at + 1]), math.prod(sizes[at + 1 :])
+
+
+@functools.cache
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """The number that a result clamped to `value` holds."""
+    return float(torch.tensor(value, dtype=dtype))

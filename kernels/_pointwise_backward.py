@@ -17,8 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
-from clone_fast.kernels._act_backward import COLUMNS, FEW, LONGEST, ROWS, rounded, shares_of, supports_act_backward
-from clone_fast.kernels._dense import SLOPES, layout_of
+from clone_fast.kernels._act_backward import COLUMNS, FEW, LONGEST, ROWS, shares_of, supports_act_backward
+from clone_fast.kernels._dense import SLOPES, layout_of, rounded
 from clone_fast.kernels._pointwise_kernels import add_shares, few_inputs_kernel, few_outputs_kernel
 
 WHOLE = 1024  # channels, at most, of a block that has to hold all of them

@@ -1,8 +1,8 @@
 """modulated_conv2d in CUDA C++: the 3x3 convolution of at most 64 channels, everything fused, and its weight gradient.
 
 The steps are those of `clone_fast.kernels.modulated_conv2d`; what is missing here, or is refused with a reason, runs
-there. Resampling by 2 lies in `_resampled_conv.py`, its convolutions of stride 2 alone in `_strided_conv.py`, the
-filter behind these in `_finish.py`.
+there. What follows a convolution lies, on the way back, in `_act_backward.py`, resampling by 2 in `_resampled_conv.py`,
+its convolutions of stride 2 alone in `_strided_conv.py`, the filter behind these in `_finish.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,12 @@ from torch import Tensor
 from clone_fast import _C
 from clone_fast._compiler import constant_result
 from clone_fast.cuda import DTYPES, dtype_reason, epilogue_reason, pointer, stream
+from clone_fast.cuda._act_backward import (
+    launch_act_backward,
+    launch_drawn_act_backward,
+    supports_act_backward,
+    supports_drawn_act_backward,
+)
 from clone_fast.cuda._finish import composes, launch_finish, supports_finish
 from clone_fast.cuda._strided_conv import launch_strided, supports_strided
 from clone_fast.kernels._dense import SLOPES, layout_of
@@ -22,11 +28,15 @@ from clone_fast.kernels._dense import SLOPES, layout_of
 __all__ = [
     "composes",
     "launch",
+    "launch_act_backward",
     "launch_conv",
+    "launch_drawn_act_backward",
     "launch_finish",
     "launch_wgrad",
     "supports",
+    "supports_act_backward",
     "supports_conv",
+    "supports_drawn_act_backward",
     "supports_finish",
     "supports_wgrad",
 ]

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from clone_fast.ops.dispatch import is_whole, launch_step, step_if_any
+from clone_fast.ops.dispatch import is_whole, launch_best, launch_step, step_if_any
 from clone_fast.ops.registration import Recorded, like
 from clone_fast.ops.streams import left_beside
 from clone_fast.ops.upfirdn2d import adjoint
@@ -63,7 +63,7 @@ def convolution_gradients(
         g, parts = dy, [None] * 3
     else:
         activation = (dy, y, noise, noise_strength, act, gain, clamp, *want_sums)
-        g, *parts, _ = launch_step("modulated_conv2d", "act_backward", backend, *activation)
+        g, *parts, _ = launch_best("modulated_conv2d", "act_backward", *activation)
     inputs = (x, weight, noise, noise_strength, bias, resample_filter, up, down)
     return _behind_activation(backend, g, parts, *inputs, want_dx, want_dw)
 
@@ -136,8 +136,8 @@ def factor_gradients(
 
     since g z = dy y for an activation of slopes alone, and g = 0 beyond the clamp.
     """
-    activation = (noise, noise_strength, act, gain, clamp, *want_sums)
-    g, *parts, dots = launch_step("modulated_conv2d", "act_backward", backend, dy, y, *activation, bias, d is not None)
+    activation = (noise, noise_strength, act, gain, clamp, *want_sums, bias, d is not None)
+    g, *parts, dots = launch_best("modulated_conv2d", "act_backward", dy, y, *activation)
     inputs = (x, weight, noise, noise_strength, bias, resample_filter, up, down)
     return _of_factors(backend, g, parts, dots, *inputs, s, d)
 
@@ -201,14 +201,12 @@ def drawn_gradients(
     want_dx, want_dw, *want_sums = wanted[:5]
     want_factors, want_image = s is not None and any(wanted[5:7]), wanted[7:]
 
-    def step(name: str, *args: Any) -> Any:
-        return launch_step("modulated_conv2d", name, backend, *args)
-
     if image_clamp is not None:
-        dimage = step("act_backward", dimage, image, None, None, "linear", 1.0, image_clamp, False, False, False)[0]
+        limits = (image, None, None, "linear", 1.0, image_clamp, False, False, False)
+        dimage = launch_best("modulated_conv2d", "act_backward", dimage, *limits)[0]
     activation = (noise, noise_strength, act, gain, clamp, *want_sums, bias, want_factors and d is not None)
-    found = step("drawn_act_backward", dy, dimage, y, image_weight, *activation, *want_image)
-    g, *parts, dots, of_image_weight, of_image_bias = found
+    args = (dy, dimage, y, image_weight, *activation, *want_image)
+    g, *parts, dots, of_image_weight, of_image_bias = launch_best("modulated_conv2d", "drawn_act_backward", *args)
     # ahead of the convolution, which the lanes that add these up would wait for
     dw_image, _, _, db_image = _pointwise_summed(backend, (of_image_weight, of_image_bias), image_weight, image_bias)
     inputs = (x, weight, noise, noise_strength, bias, None, 1, 1)
@@ -350,7 +348,7 @@ def second_gradients(
         if (act, gain, clamp) == ("linear", 1.0, None):
             return value
         args = (value, y, None, None, act, gain, clamp, False, False, False)
-        result: Tensor = launch_step("modulated_conv2d", "act_backward", recorded.backend, *args)[0]
+        result: Tensor = launch_best("modulated_conv2d", "act_backward", *args)[0]
         return result
 
     found: dict[int, Tensor | None] = dict.fromkeys(wanted)

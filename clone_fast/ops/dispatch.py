@@ -238,6 +238,15 @@ def launch_step(op: str, step: str, backend: str, *args: Any) -> Any:
     return found.launch(step, *args)
 
 
+def launch_best(op: str, step: str, *args: Any) -> Any:
+    """`launch_step` on the best leaf that takes it, whatever the op itself runs on: for passes that memory bounds.
+
+    Raises:
+        BackendError: no leaf of this installation can.
+    """
+    return launch_step(op, step, PREFERENCE[0], *args)
+
+
 def step_if_any(op: str, step: str, backend: str, *args: Any) -> Any:
     """`launch_step`, but None where no leaf of this installation can."""
     found = _step_leaf(op, step, backend, args)
