@@ -84,6 +84,18 @@ def test_all_at_once_where_groups_do_not_pay(monkeypatch: pytest.MonkeyPatch) ->
     assert low.synthesis._groups(ws) == [[4, 8], [16]]
 
 
+def test_maps_that_are_converted_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, dtype = network(), torch.bfloat16
+    one, several = net.noise_consts(), {name: torch.randn(2, 1, 64, 64) for name in ("b64.conv0", "b64.conv1")}
+    assert not net._late(one, dtype, torch.device("cpu"))  # not in a capture
+    grouped(monkeypatch)
+    assert list(net._late(one, dtype, torch.device("cpu"))) == ["b64.conv0", "b64.conv1"]
+    one["b64.conv1"] = one["b64.conv1"].view(1, 1, 64, 64).clone().requires_grad_()
+    assert list(net._late(one, dtype, torch.device("cpu"))) == ["b64.conv0"]
+    assert not net._late(one, torch.float64, torch.device("cpu"))
+    assert not net._late(several, dtype, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_gradients_of_a_group_come_with_its_first_block(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     net, ws, order = network(), torch.randn(1, 10, 6).double(), []
@@ -104,7 +116,7 @@ def test_gradients_of_a_group_come_with_its_first_block(together: bool, monkeypa
         assert max(styles) < min(below, default=len(order))
 
 
-def test_later_groups_wait_for_the_latents_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_later_blocks_take_waits_for_the_inputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each on a lane, as if it had been launched at first; those who read it wait for it, and keep its memory."""
     net, ws = network(), torch.randn(1, 10, 6).double()
     machine, done = play_streams(monkeypatch), {}
@@ -121,13 +133,24 @@ def test_later_groups_wait_for_the_latents_alone(monkeypatch: pytest.MonkeyPatch
         first = max(group[0] for group in BLOCKS if group[0] <= self.resolution)
         assert machine.now is machine.main
         assert f"styles {first}" in machine.now.done
+        assert (self.resolution == 64) == ("maps 3" in machine.now.done)
         machine.launch(f"block {self.resolution}")
         return block(self, x, given)
 
     monkeypatch.setattr(SynthesisNetwork, "styles", styles)
     monkeypatch.setattr(type(net.b4), "forward", forward)
+    joined = generator.in_one_go
+    converted: list[tuple[str, set[str], list[Tensor]]] = []
+
+    def in_one_go(values: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        made = joined(values, dtype)
+        converted.append((machine.now.name.split()[0], set(machine.now.done), made))
+        machine.launch(f"maps {len(converted)}")
+        return made
+
+    monkeypatch.setattr(generator, "in_one_go", in_one_go)
     machine.launch("before")
-    net(ws)
+    net(ws, dtype=torch.bfloat16)
     assert [(first, name) for first, (name, *_) in done.items()] == [(4, "main"), (16, "styles"), (64, "styles")]
     for first, (_, before, found) in done.items():
         # two groups may have one lane
@@ -138,6 +161,10 @@ def test_later_groups_wait_for_the_latents_alone(monkeypatch: pytest.MonkeyPatch
             ready: Any = style
             assert ready.ready.done >= {"before", f"styles {first}"}
             assert not any(one.startswith("block") for one in ready.ready.done)
+    assert [(name, len(made)) for name, _, made in converted] == [("tables", 23), ("tables", 7), ("noise", 2)]
+    assert converted[2][1] == {"before"}  # and what it makes
+    for one in converted[2][2]:
+        assert "main" in machine.told[one.untyped_storage().data_ptr()]
     assert any(one.startswith("styles") for one in machine.told[ws.untyped_storage().data_ptr()])
 
 

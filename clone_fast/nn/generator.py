@@ -30,6 +30,7 @@ from clone_fast.ops.streams import aside, at_home, beside, joined, made_beside, 
 
 NOISE_MODES = ("const", "random", "none")
 GROUPS = (8, 32)  # resolutions of the last blocks of groups whose styles are made at once, where not all are
+EARLY = 32  # largest resolution of noise maps that the first convolution waits for
 
 
 class Prepared(NamedTuple):
@@ -208,6 +209,17 @@ class SynthesisNetwork(nn.Module):
                 maps[name] = torch.randn(n, 1, *const.shape, device=const.device)
         return maps
 
+    def _late(self, noise: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Of these maps those for which the first layers need not wait: in a capture large ones that are converted to
+        this dtype. Not those of several images, whose memory is wanted again; and none that gets a gradient, which is
+        summed with those of biases, on one lane."""
+        late = {}
+        for name, value in noise.items() if side_by_side(device) else ():
+            large = EARLY**2 < value.numel() == value.shape[-1] ** 2
+            if large and value.dtype != dtype and not value.requires_grad:
+                late[name] = value.view_as(value)  # our own, to remember when it was ready
+        return late
+
     def _prepared(
         self, ws: Tensor, noise: Mapping[str, Tensor], dtype: torch.dtype | None, recompute: bool
     ) -> tuple[Tensor, Callable[[int], dict[str, Prepared]]]:
@@ -221,12 +233,13 @@ class SynthesisNetwork(nn.Module):
         layers = dict(self._layers())
         noisy = {name: layer for name, layer in layers.items() if isinstance(layer, SynthesisLayer)}
         values = [layer.bias for layer in layers.values()] + [layer.noise_strength for layer in noisy.values()]
-        ws = ws.view_as(ws)  # our own, to remember when it was ready
-        ready([ws])
+        own = dtype or const.dtype
+        ws, late = ws.view_as(ws), self._late(noise, own, ws.device)
+        early = {name: value for name, value in noise.items() if name not in late}
+        ready([ws, *late.values()])
 
         def tables() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-            own = dtype or const.dtype
-            return at_home(in_one_go(values, own)), at_home(in_one_go(list(noise.values()), own))
+            return at_home(in_one_go(values, own)), at_home(in_one_go(list(early.values()), own))
 
         def made(blocks: Sequence[int]) -> tuple[Tensor, ...]:
             found = tuple(self.styles(ws, blocks).values())
@@ -243,15 +256,19 @@ class SynthesisNetwork(nn.Module):
         )
         biases = dict(zip(layers, small, strict=False))
         strengths = dict(zip(noisy, small[len(layers) :], strict=True))
-        maps = dict(zip(noise, given, strict=True))
+        maps = dict(zip(early, given, strict=True))
 
         def of_block(resolution: int) -> dict[str, Prepared]:
             for group in later:
                 if resolution == group[0]:
-                    own = dict(self._layers(group))
-                    reads = [value for layer in own.values() for value in (layer.affine.weight, layer.affine.bias)]
+                    mine = dict(self._layers(group))
+                    reads = [value for layer in mine.values() for value in (layer.affine.weight, layer.affine.bias)]
                     found = made_beside(ws.device, "styles", partial(made, group), [*reads, ws])
-                    styles.update(zip(own, found, strict=True))
+                    styles.update(zip(mine, found, strict=True))
+            if next(iter(late), "").startswith(f"b{resolution}."):  # the first of them
+                large = list(late.values())
+                found = made_beside(ws.device, "noise", lambda: tuple(in_one_go(large, own)), large)
+                maps.update(zip(late, found, strict=True))
             return {
                 name.partition(".")[2]: Prepared(styles[name], biases[name], maps.get(name), strengths.get(name))
                 for name, _ in self._layers([resolution])
