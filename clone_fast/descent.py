@@ -11,9 +11,9 @@ from torch import Tensor
 
 from clone_fast.capture import rehearsing
 from clone_fast.ops.adam import adam_
-from clone_fast.ops.streams import as_it_comes, aside
+from clone_fast.ops.streams import as_it_comes, aside, joined
 
-LARGE = 2**20  # elements of a weight whose step is worth launches of its own, beside the rest of the backward
+ENOUGH = 2**20  # elements whose step is worth launches of its own, beside the rest of the backward
 
 
 class FusedAdam:
@@ -80,8 +80,6 @@ class Descent:
             self.scaler = torch.amp.GradScaler(device.type, init_scale=loss_scale, growth_interval=50)
             self.fresh = self.scaler.state_dict()
             self.scaler.scale(torch.zeros([], device=device))  # makes its tensors, which a capture would make anew
-        # a scaler must have seen all gradients before it lets any step be taken
-        self.early = [t for t in self.tensors if t.numel() >= LARGE and self.scaler is None]
 
     def step(self, loss: Tensor, rate: Tensor) -> None:
         """Fresh gradients of the loss to all that takes part in it, and a step; in a rehearsal the gradients alone.
@@ -91,14 +89,13 @@ class Descent:
         for tensor in self.tensors:
             tensor.grad = None
         aside(loss.device, "descent", partial(self._set_rates, rate), reads=[rate])
-        with as_it_comes(loss.device, "descent", self.early, self._move) as moved:
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        if rehearsing():
+        if self.scaler is None and not rehearsing():
+            with as_it_comes(loss.device, "descent", self.tensors, self._move, ENOUGH):
+                loss.backward()
             return
-        if self.scaler is None:
-            early = set(moved)
-            self._move(*(tensor for tensor in self.tensors if tensor not in early))
-        else:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        joined(loss.device, "descent")
+        if self.scaler is not None and not rehearsing():  # it must have seen all gradients before any step is taken
             self.scaler.step(self.optimizer)  # type: ignore[arg-type]  # it asks for no more than this one has
             self.scaler.update()
 

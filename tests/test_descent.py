@@ -7,10 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from played_streams import play_streams
+from recorded import repeated
 from torch import Tensor
 
-from clone_fast.capture import CudaGraphs
-from clone_fast.descent import LARGE, Descent
+from clone_fast import descent
+from clone_fast.descent import ENOUGH, Descent
 
 ONE = torch.ones([])
 
@@ -86,31 +88,64 @@ def chain(x: Tensor, weights: list[Tensor], shift: Tensor) -> Tensor:
     return (x + shift).square().mean()
 
 
+def counted(work: Descent, patch: pytest.MonkeyPatch) -> list[int]:
+    """How many parameters each step of Adam moves, from now on."""
+    found: list[int] = []
+    step = work.optimizer.step
+
+    def count(among: list[Tensor] | None = None) -> None:
+        found.append(sum(p.grad is not None for p in (work.tensors if among is None else among)))
+        step(among)
+
+    patch.setattr(work.optimizer, "step", count)
+    return found
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_steps_taken_as_gradients_come_have_the_same_bits(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of small weights together, of one that several layers use once, and with a scaled loss all at the end."""
+    sides = [8, 6, 6, 9, 8, 8, 3]
+    start = [torch.randn(o, i) / i**0.5 for i, o in pairwise(sides)] + [torch.zeros([]), torch.randn(4)]
+    x, found, moved = torch.randn(5, 8), [], []
+    for played in (False, True):
+        leaves = [weight.clone().requires_grad_() for weight in start]
+        work = Descent([(leaves[:3], 0.04), (leaves[3:], 0.02)], betas=(0.9, 0.99), loss_scale=scale)
+        with monkeypatch.context() as patch:
+            if played:
+                play_streams(patch)
+                patch.setattr(descent, "ENOUGH", 60)
+            moved.append(counted(work, patch))
+            for _ in range(3):
+                work.step(chain(x, [*leaves[:2], leaves[1], *leaves[2:6]], leaves[6]), ONE)
+        assert [float(steps) for *_, steps in work.optimizer.state.values()] == [3.0] * 7 + [0.0]
+        state = [value for of_one in work.optimizer.state.values() for value in of_one]
+        found.append([*(leaf.detach() for leaf in leaves), *state])
+    for got, want in zip(found[1], found[0], strict=True):
+        assert torch.equal(got, want)
+    assert moved[0] == [7] * 3
+    assert moved[1] == ([7] * 3 if scale > 1 else [3, 1, 2, 1] * 3)
+
+
 @pytest.mark.gpu
-def test_captured_steps_of_large_weights_are_those_of_an_eager_loop() -> None:
+@pytest.mark.parametrize("sides", [[1024, 1024, 1024, 8], [512] * 6 + [8]], ids=["large", "together"])
+def test_captured_steps_of_large_weights_are_those_of_an_eager_loop(sides: list[int]) -> None:
     """Taken beside the backward of the layers before, each once, and not before its weight has been read."""
     device = torch.device("cuda", torch.cuda.current_device())
-    sides = [1024, 1024, 1024, 8]  # and one that is not large
     start = [torch.randn(o, i, device=device) / i**0.5 for i, o in pairwise(sides)]
     start.append(torch.zeros([], device=device))
-    assert sum(weight.numel() >= LARGE for weight in start) == 2
-    x, rate = torch.randn(512, 1024, device=device), torch.full([], 0.5, device=device)
+    assert sum(weight.numel() for weight in start[1:]) >= ENOUGH  # and the first one may be left
+    x, rate = torch.randn(512, sides[0], device=device), torch.full([], 0.5, device=device)
     found: list[list[Tensor]] = []
     for captured in (False, True):
         leaves = [weight.clone().requires_grad_() for weight in start]
         work = Descent([(leaves[:2], 0.04), (leaves[2:], 0.02)], betas=(0.9, 0.99))  # steps as large as the weights
         idle = torch.zeros(1024, 1024, device=device, requires_grad=True)  # large, and takes no part
-        work.early.append(idle)
+        work.tensors.append(idle)
 
         def run(work: Descent = work, leaves: list[Tensor] = leaves) -> None:
             work.step(chain(x, leaves[:-1], leaves[-1]), rate)
 
-        if captured:
-            graphs = CudaGraphs(device)
-            graphs.aside(run)
-            run = graphs.record(run)
-        for _ in range(3 if captured else 4):
-            run()
+        repeated(run, 4, replayed=captured)
         found.append([leaf.detach() for leaf in leaves])
         assert idle.grad is None
     for got, want, before in zip(found[1], found[0], start, strict=True):

@@ -10,12 +10,14 @@ from typing import Any, cast
 
 import pytest
 import torch
+from played_streams import Machine, play_streams
+from recorded import captured
 from torch import Tensor
 
-from clone_fast.capture import Captured, CudaGraphs
+from clone_fast.capture import Captured
 from clone_fast.nn import Architecture, Discriminator, Generator, Network
 from clone_fast.ops import streams
-from clone_fast.ops.streams import SMALL, aside, beside, joined, left_beside, made_beside, ready
+from clone_fast.ops.streams import SMALL, as_it_comes, aside, beside, joined, left_beside, made_beside, ready
 
 
 def test_without_a_capture_one_comes_after_the_other() -> None:
@@ -57,14 +59,110 @@ def test_what_is_made_of_a_weight_keeps_its_lane(monkeypatch: pytest.MonkeyPatch
     assert lanes == [first[i] for i in order]
 
 
+class Layer(torch.autograd.Function):
+    """x times the sum of a weight. Its gradient to x is launched on the main stream."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, machine: Machine, name: str) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.machine, ctx.name = machine, name
+        return x * weight.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        ctx.machine.now = ctx.machine.main
+        ctx.machine.launch(f"dx {ctx.name}")
+        return grads[0] * weight.sum(), (grads[0] * x).expand_as(weight), None, None
+
+
+def chain(machine: Machine, weights: list[Tensor], uses: list[int]) -> Tensor:
+    """Layers of these weights, whose gradients are made on a lane."""
+
+    def made(i: int, grad: Tensor) -> None:
+        lane = machine.lane(None, "weights")
+        lane.wait_stream(machine.main)
+        machine.now = lane
+        machine.launch(f"dw {i}")
+
+    for i, weight in enumerate(weights):
+        weight.register_hook(partial(made, i))
+    x = torch.ones([], requires_grad=True)
+    for place, i in enumerate(uses):
+        x = Layer.apply(x, weights[i], machine, str(place))
+    return x
+
+
+def leaves(*sizes: int) -> list[Tensor]:
+    return [torch.rand(size, requires_grad=True) for size in sizes]
+
+
+def test_without_a_capture_all_comes_at_the_end() -> None:
+    weights, found = leaves(6, 1), []
+    with as_it_comes(torch.device("cpu"), "step", weights, lambda *all_of: found.append(all_of), 1):
+        (weights[0].sum() + weights[1].sum()).backward()
+        assert not found
+    assert found == [tuple(weights)]
+
+
+def test_as_it_comes_waits_for_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones together, on two lanes in turn; what is left on the current stream, which waits for no lane before."""
+    machine, runs = play_streams(monkeypatch), []
+    weights = leaves(1, 6, 1, 2, 3, 8, 1, 4)  # the last one takes no part
+    y = chain(machine, weights, list(range(7)))
+
+    def run(*chosen: Tensor) -> None:
+        which = [i for i, weight in enumerate(weights) if any(weight is one for one in chosen)]
+        runs.append((machine.now.name, which, set(machine.now.done)))
+        assert all(weights[i].grad is not None for i in which if i < 7)
+        machine.launch(f"run {which}")
+
+    aside(torch.device("cpu"), "step", lambda: machine.launch("rates"), [])
+    with as_it_comes(torch.device("cpu"), "step", weights, run, 5):
+        y.backward()
+        machine.now = machine.main
+        machine.main.wait_stream(machine.lanes["weights"])  # as autograd does in the end
+    wanted = [("step", [5, 6]), ("step in turn", [3, 4]), ("step", [1, 2]), ("main", [0, 7])]
+    assert [(name, which) for name, which, _ in runs] == wanted
+    for name, which, done in runs:
+        assert "rates" in done
+        assert {f"dw {i}" for i in which if i < 7} <= done
+        written = {f"dx {i}" for i in range(7) if i >= min(which)}
+        assert {one for one in done if one.startswith("dx")} == written, name
+    assert not [one for one in runs[1][2] | runs[3][2] if one.startswith("run")]
+    assert {f"run {which}" for _, which, _ in runs} <= machine.main.done
+    assert {"main"} | set(machine.lanes) == {"main", "weights", "step", "step in turn"}
+    for weight in weights[1:7]:
+        assert weight.grad is not None
+        assert machine.told[weight.grad.untyped_storage().data_ptr()] <= {"step", "step in turn"}
+    assert not weights[0]._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+
+
+def test_a_leaf_of_several_uses_has_all_of_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, runs = play_streams(monkeypatch), []
+    weights = leaves(3, 3, 3)
+    uses = [1, 0, 1, 2, 1]
+    want = torch.autograd.grad(chain(machine, weights, uses), weights)
+    y = chain(machine, weights, uses)
+    with as_it_comes(torch.device("cpu"), "step", weights, lambda *some: runs.append(some), 3):
+        y.backward()
+        machine.now = machine.main
+    assert [i for some in runs for i, weight in enumerate(weights) if any(weight is one for one in some)] == [2, 0, 1]
+    for weight, grad in zip(weights, want, strict=True):
+        assert weight.grad is not None
+        assert torch.equal(weight.grad, grad)
+
+
+def test_an_error_in_a_backward_ends_the_hooks_and_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    play_streams(monkeypatch)
+    (weight,), runs = leaves(3), []
+    with pytest.raises(ZeroDivisionError), as_it_comes(torch.device("cpu"), "step", [weight], runs.append, 5):
+        raise ZeroDivisionError
+    weight.sum().backward()
+    assert not runs
+
+
 CYCLES = 20_000_000  # of a GPU, about 10 ms
-
-
-def captured(run: Callable[[], None]) -> Callable[[], None]:
-    """What replays it."""
-    graphs = CudaGraphs(torch.device("cuda", torch.cuda.current_device()))
-    graphs.aside(run)
-    return graphs.record(run)
 
 
 def slowly(x: Tensor, factor: float) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from clone_fast.nn.architecture import Architecture
 from clone_fast.nn.discriminator import Discriminator
-from clone_fast.nn.generator import Generator, MappingNetwork, SynthesisNetwork
+from clone_fast.nn.generator import Generator, SynthesisNetwork
+from clone_fast.nn.mapping import MappingNetwork
 from clone_fast.nn.network import Network, frozen
 from clone_fast.nn.precision import PRECISIONS, Precision, settled
 

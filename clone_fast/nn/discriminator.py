@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from clone_fast.nn.architecture import RESAMPLE_TAPS, Architecture
-from clone_fast.nn.generator import MappingNetwork
 from clone_fast.nn.layers import Conv2dLayer, FullyConnectedLayer, at_least_float32, fast_layout, in_one_go, run
+from clone_fast.nn.mapping import MappingNetwork
 from clone_fast.nn.tables import bias_table
 from clone_fast.ops import downsampled_branch, setup_filter
 

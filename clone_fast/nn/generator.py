@@ -6,7 +6,7 @@ networks, so that their weights draw the same image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,9 +26,11 @@ from clone_fast.nn.layers import (
 from clone_fast.nn.mapping import MappingNetwork
 from clone_fast.ops import modulated_conv2d, modulated_conv2d_torgb, setup_filter, styles, upsample2d_add
 from clone_fast.ops.bias_act import ACTIVATIONS
-from clone_fast.ops.streams import aside, at_home, beside, joined, ready
+from clone_fast.ops.streams import aside, at_home, beside, joined, made_beside, ready, side_by_side
 
 NOISE_MODES = ("const", "random", "none")
+GROUPS = (8, 32)  # resolutions of the last blocks of groups whose styles are made at once, where not all are
+EARLY = 32  # largest resolution of noise maps that the first convolution waits for
 
 
 class Prepared(NamedTuple):
@@ -169,32 +171,44 @@ class SynthesisNetwork(nn.Module):
         for resolution in self.block_resolutions:
             self.add_module(f"b{resolution}", SynthesisBlock(arch, resolution))
 
-    def _layers(self) -> list[tuple[str, SynthesisLayer | ToRGBLayer]]:
-        """b4.conv1, b4.torgb, b8.conv0, b8.conv1, b8.torgb, ..."""
-        blocks = [(f"b{r}", self.get_submodule(f"b{r}")) for r in self.block_resolutions]
-        return [(f"{name}.{key}", layer) for name, block in blocks for key, layer in block.layers()]  # type: ignore[operator]
+    def _layers(self, blocks: Sequence[int] | None = None) -> list[tuple[str, SynthesisLayer | ToRGBLayer]]:
+        """b4.conv1, b4.torgb, b8.conv0, b8.conv1, b8.torgb, ...; of the blocks of these resolutions, or of all."""
+        found = [(f"b{r}", self.get_submodule(f"b{r}")) for r in blocks or self.block_resolutions]
+        return [(f"{name}.{key}", layer) for name, block in found for key, layer in block.layers()]  # type: ignore[operator]
 
-    def styles(self, ws: Tensor) -> dict[str, Tensor]:
+    def styles(self, ws: Tensor, blocks: Sequence[int] | None = None) -> dict[str, Tensor]:
         """The styles [N, in_channels] of every layer, by its name, float32 at least.
 
         Args:
             ws: [N, num_ws, w_dim], or [N, 1, w_dim] where all layers take the same.
+            blocks: resolutions of the blocks whose layers are wanted; None for all.
         """
-        layers = self._layers()
+        # torgb and the next conv0 read the same
+        order = [read for i in range(len(self.block_resolutions)) for read in range(max(2 * i - 1, 0), 2 * i + 2)]
+        reads = dict(zip(dict(self._layers()), order, strict=True))
+        layers = self._layers(blocks)
         affines = [layer.affine for _, layer in layers]
         ws = ws.to(at_least_float32(ws.dtype))
-        # torgb and the next conv0 read the same
-        reads = [read for i in range(len(self.block_resolutions)) for read in range(max(2 * i - 1, 0), 2 * i + 2)]
         found = styles(
             ws,
             [affine.weight.to(ws.dtype) for affine in affines],
             [affine.bias.to(ws.dtype) for affine in affines],
-            reads=reads if ws.shape[1] > 1 else [0] * len(layers),
+            reads=[reads[name] if ws.shape[1] > 1 else 0 for name, _ in layers],
             weight_gain=affines[0].weight_gain,
             # what is not demodulated is divided by the root of its fan-in instead
             factors=[layer.weight.shape[1] ** -0.5 if isinstance(layer, ToRGBLayer) else 1.0 for _, layer in layers],
         )
         return {name: style for (name, _), style in zip(layers, found, strict=True)}
+
+    def _groups(self, ws: Tensor) -> list[list[int]]:
+        """Resolutions of the blocks whose styles are made at once: all, unless affine layers are tuned in a capture."""
+        limits: Sequence[int] = ()
+        if side_by_side(ws.device) and torch.is_grad_enabled():
+            limits = GROUPS if any(layer.affine.weight.requires_grad for _, layer in self._layers()) else ()
+        groups: dict[int, list[int]] = {}
+        for resolution in self.block_resolutions:
+            groups.setdefault(sum(resolution > limit for limit in limits), []).append(resolution)
+        return list(groups.values())
 
     def _noise(self, n: int, noise_mode: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The maps that n images take, by the name of the layer; those that are given go before the mode's."""
@@ -208,29 +222,72 @@ class SynthesisNetwork(nn.Module):
                 maps[name] = torch.randn(n, 1, *const.shape, device=const.device)
         return maps
 
+    def _late(self, noise: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Of these maps those for which the first layers need not wait: in a capture large ones that are converted to
+        this dtype. Not those of several images, whose memory is wanted again; and none that gets a gradient, which is
+        summed with those of biases, on one lane."""
+        late = {}
+        for name, value in noise.items() if side_by_side(device) else ():
+            large = EARLY**2 < value.numel() == value.shape[-1] ** 2
+            if large and value.dtype != dtype and not value.requires_grad:
+                late[name] = value.view_as(value)  # our own, to remember when it was ready
+        return late
+
     def _prepared(
-        self, ws: Tensor, noise: Mapping[str, Tensor], dtype: torch.dtype, recompute: bool
-    ) -> dict[str, dict[str, Prepared]]:
-        """What the layers take, by block and layer."""
+        self, ws: Tensor, noise: Mapping[str, Tensor], dtype: torch.dtype | None, recompute: bool
+    ) -> tuple[Tensor, Callable[[int], dict[str, Prepared]]]:
+        """The first block's image, and what gives each block what its layers take; to be asked in the order they run.
+
+        The styles of a later group are asked for with its first block, and made long before, beside the layers. So the
+        way back comes to them just after that block: the gradients of its affine layers, and Adam, do not wait for the
+        blocks of lower resolution.
+        """
+        const: Tensor = self.get_parameter("b4.const")
         layers = dict(self._layers())
         noisy = {name: layer for name, layer in layers.items() if isinstance(layer, SynthesisLayer)}
         values = [layer.bias for layer in layers.values()] + [layer.noise_strength for layer in noisy.values()]
+        own = dtype or const.dtype
+        ws, late = ws.view_as(ws), self._late(noise, own, ws.device)
+        early = {name: value for name, value in noise.items() if name not in late}
+        ready([ws, *late.values()])
 
         def tables() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-            return at_home(in_one_go(values, dtype)), at_home(in_one_go(list(noise.values()), dtype))
+            return at_home(in_one_go(values, own)), at_home(in_one_go(list(early.values()), own))
 
+        def made(blocks: Sequence[int]) -> tuple[Tensor, ...]:
+            found = tuple(self.styles(ws, blocks).values())
+            if not recompute:  # weights modulated ahead of their layer are kept for longer
+                ready(found)
+            return found
+
+        first, *later = self._groups(ws)
         # no gradient of these is waited for before an optimiser has its turn
-        (small, given), styles = beside(ws.device, "tables", tables, lambda: self.styles(ws))
-        if not recompute:  # weights modulated ahead of their layer are kept for longer
-            ready(styles.values())
-        maps = dict(zip(noise, given, strict=True))
+        (small, given), found = beside(ws.device, "tables", tables, partial(made, first))
+        styles = dict(zip(dict(self._layers(first)), found, strict=True))
+        x = made_beside(
+            ws.device, "const", lambda: fast_layout(const.expand(ws.shape[0], -1, -1, -1), dtype), [const, ws]
+        )
+        biases = dict(zip(layers, small, strict=False))
         strengths = dict(zip(noisy, small[len(layers) :], strict=True))
-        found: dict[str, dict[str, Prepared]] = {}
-        for name, bias in zip(layers, small, strict=False):
-            block, _, layer = name.partition(".")
-            made = Prepared(styles[name], bias, maps.get(name), strengths.get(name))
-            found.setdefault(block, {})[layer] = made
-        return found
+        maps = dict(zip(early, given, strict=True))
+
+        def of_block(resolution: int) -> dict[str, Prepared]:
+            for group in later:
+                if resolution == group[0]:
+                    mine = dict(self._layers(group))
+                    reads = [value for layer in mine.values() for value in (layer.affine.weight, layer.affine.bias)]
+                    found = made_beside(ws.device, "styles", partial(made, group), [*reads, ws])
+                    styles.update(zip(mine, found, strict=True))
+            if next(iter(late), "").startswith(f"b{resolution}."):  # the first of them
+                large = list(late.values())
+                found = made_beside(ws.device, "noise", lambda: tuple(in_one_go(large, own)), large)
+                maps.update(zip(late, found, strict=True))
+            return {
+                name.partition(".")[2]: Prepared(styles[name], biases[name], maps.get(name), strengths.get(name))
+                for name, _ in self._layers([resolution])
+            }
+
+        return x, of_block
 
     def noise_names(self) -> list[str]:
         """Names of the layers that take noise, in the order they run: b4.conv1, b8.conv0, b8.conv1, ..."""
@@ -273,13 +330,11 @@ class SynthesisNetwork(nn.Module):
         unknown = set(noise) - set(self.noise_names())
         if unknown:
             raise ValueError(f"noise for layers that are not there: {', '.join(sorted(unknown))}")
-        const: Tensor = self.get_parameter("b4.const")
-        x = fast_layout(const.expand(ws.shape[0], -1, -1, -1), dtype)
         img: Any = None
-        prepared = self._prepared(ws, self._noise(ws.shape[0], noise_mode, noise), x.dtype, recompute)
+        x, prepared = self._prepared(ws, self._noise(ws.shape[0], noise_mode, noise), dtype, recompute)
         for resolution in self.block_resolutions:
             block: Any = self.get_submodule(f"b{resolution}")
-            given = prepared[f"b{resolution}"]
+            given = prepared(resolution)
             x, rgb = run(block, x, given, recompute=recompute)
             # beside the next blocks, which do not need it
             reads = [rgb] if img is None else [rgb, img]

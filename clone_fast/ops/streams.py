@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from functools import partial
 from itertools import cycle
 from typing import TypeVar
@@ -50,6 +51,11 @@ def _capturing(device: torch.device) -> bool:
         return True
     ended()
     return False
+
+
+def side_by_side(device: torch.device) -> bool:
+    """Whether lanes are beside one another: launches of their own for what could go together pay here alone."""
+    return _capturing(device)
 
 
 def _launched(
@@ -192,32 +198,54 @@ def aside(device: torch.device, lane: str, run: Callable[[], First], reads: Sequ
 
 @contextmanager
 def as_it_comes(
-    device: torch.device, lane: str, leaves: Iterable[Tensor], run: Callable[[Tensor], None]
-) -> Iterator[list[Tensor]]:
-    """In a capture: on this lane `run`, of each of these leaves whose gradient a backward within makes, as soon as it
-    is there. Yields those that had it; for them all is done when this ends.
+    device: torch.device, lane: str, leaves: Sequence[Tensor], run: Callable[..., None], enough: int
+) -> Iterator[None]:
+    """`run` of all of these leaves, each once, when the backward within has made their gradients.
 
-    `run` may write the leaf: whatever reads it on the current stream before its gradient is there is waited for.
+    In a capture: of those whose gradients are there, as soon as together they have `enough` elements, on two lanes in
+    turn, after what the lane of this name has had; and of the rest at the end, on the current stream, after the same.
+    When this ends all is done.
+
+    `run` may write the leaf: whatever reads it on the current stream before its gradient is there is waited for. Where
+    a leaf is used several times its gradient is there after the last of them: autograd adds up first.
     """
-    had: list[Tensor] = []
     if not _capturing(device):
-        yield had
+        yield
+        run(*leaves)
         return
-    current, other = torch.cuda.current_stream(device), _lane(device, lane)
+    current, turns = torch.cuda.current_stream(device), (lane, f"{lane} in turn")
+    others = [_lane(device, name) for name in turns]
+    before = [others[0].record_event()] if _takes_part(others[0]) else []
+    lanes = cycle(others)
+    inside = copy_context()  # a backward has a thread of its own on a GPU, where nothing chosen around it reaches
+    left = dict.fromkeys(leaves)
+    came: dict[Tensor, torch.cuda.Event] = {}
 
     def serve(leaf: Tensor) -> None:
-        other.wait_stream(current)  # the gradient to a layer's input reads its weight there
-        reads = [] if leaf.grad is None else [leaf.grad]
-        _launched(other, torch.cuda.current_stream(device), reads, partial(run, leaf))
-        had.append(leaf)
+        came[leaf] = torch.cuda.current_stream(device).record_event()
+        if sum(one.numel() for one in came) < enough:
+            return
+        other = next(lanes)
+        for event in (*before, *came.values()):
+            other.wait_event(event)
+        reads = [one.grad for one in came if one.grad is not None]
+        # the gradient to a layer's input reads its weight on the current stream
+        _launched(other, current, reads, partial(inside.run, run, *came))
+        for one in came:
+            del left[one]
+        came.clear()
 
     hooks = [leaf.register_post_accumulate_grad_hook(serve) for leaf in leaves]
     try:
-        yield had
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    joined(device, lane)
+    for event in before:
+        current.wait_event(event)
+    run(*left)
+    for name in turns:
+        joined(device, name)
 
 
 def joined(device: torch.device, lane: str) -> None:
