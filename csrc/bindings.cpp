@@ -245,10 +245,10 @@ PYBIND11_MODULE(_C, module) {
         unlocked);
     module.def(
         "upfirdn2d_add",
-        [](const Upfirdn2d& op, int x_dtype, Address x, Address f, int other_dtype, Address other, Address y,
-           Address stream) {
-            upfirdn2d_add(Dtype{x_dtype}, pointer(x), pointer<float>(f), Dtype{other_dtype}, pointer(other), pointer(y),
-                          op, stream_of(stream));
+        [](const Upfirdn2d& op, int x_dtype, Address x, Address f, int other_dtype, Address other,
+           bool other_channels_last, Address y, Address stream) {
+            upfirdn2d_add(Dtype{x_dtype}, pointer(x), pointer<float>(f), Dtype{other_dtype}, pointer(other),
+                          other_channels_last, pointer(y), op, stream_of(stream));
         },
         unlocked);
     module.def(

@@ -213,11 +213,14 @@ class SynthesisBlock(nn.Module):
         return self.conv1(x, given["conv1"])
 
     def image(self, x: Tensor, img: Tensor | None, given: Mapping[str, Prepared]) -> Tensor:
-        """The image so far, float32 at least, of what `forward` returned and of the image up to the block before."""
+        """The image so far, float32 at least, of what `forward` returned and of the image up to the block before.
+
+        It is contiguous from the first, which is small, on: the last would be a pass more.
+        """
         rgb: Tensor = self.torgb(x, given["torgb"])
         if img is None:
-            return rgb.to(at_least_float32(rgb.dtype))
-        return upsample2d_add(img, self.resample_filter.float(), rgb)  # in img's float32
+            return rgb.to(at_least_float32(rgb.dtype), memory_format=torch.contiguous_format)
+        return upsample2d_add(img, self.resample_filter.float(), rgb)  # in img's float32 and layout
 
 
 class SynthesisNetwork(nn.Module):
@@ -347,7 +350,7 @@ class SynthesisNetwork(nn.Module):
             reads = [x] if img is None else [x, img]
             img = aside(x.device, "image", partial(block.image, x, img, given), reads)
         joined(x.device, "image")
-        image: Tensor = img.contiguous()
+        image: Tensor = img
         return image
 
 
