@@ -8,14 +8,13 @@ scalar, the mean over its samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clone_fast.ops import fast_double_backward, laplacian_pyramid_loss
-from clone_fast.ops.streams import beside
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 
@@ -61,31 +60,28 @@ class Reconstruction:
     def __call__(self, image: Tensor) -> Tensor:
         if self.similarity is not None:
             return weighted(self.weight, self.similarity(image, self.photo))
-        squares, loss = beside(
-            image.device,
-            "squares",
-            lambda: weighted(self.weight * self.mse_weight, F.mse_loss(image, self.photo)),
-            partial(_pyramid_loss, image, self.photo, self.weight),
-            reads=[image],
-        )
-        return loss + squares
+        return _pyramid_loss(image, self.photo, self.weight, mse=self.mse_weight)
 
 
 class LaplacianPyramidLoss(nn.Module):
     """`laplacian_pyramid_loss` as a module without parameters or state, for a training loop of one's own.
 
     Args:
-        levels, weights, charbonnier: see `clone_fast.laplacian_pyramid_loss`.
+        levels, weights, charbonnier, mse: see `clone_fast.laplacian_pyramid_loss`.
 
     Raises:
         ValueError: one of these is not as it says there.
     """
 
     def __init__(
-        self, levels: int = 6, weights: Sequence[float] | None = None, charbonnier: float | None = None
+        self,
+        levels: int = 6,
+        weights: Sequence[float] | None = None,
+        charbonnier: float | None = None,
+        mse: float = 0.0,
     ) -> None:
         super().__init__()
-        self.levels, self.charbonnier = levels, charbonnier
+        self.levels, self.charbonnier, self.mse = levels, charbonnier, mse
         self.weights = tuple(weights) if isinstance(weights, Sequence) else weights
         pixel = torch.zeros(1, 1, 1, 1)
         self.forward(pixel, pixel)  # wrong options are told by the op itself, and now
@@ -102,11 +98,11 @@ class LaplacianPyramidLoss(nn.Module):
             dtype = torch.promote_types(x.dtype, y.dtype)
             x, y = x.to(dtype), y.to(dtype)
         return laplacian_pyramid_loss(
-            x, y, levels=self.levels, weights=self.weights, charbonnier=self.charbonnier
+            x, y, levels=self.levels, weights=self.weights, charbonnier=self.charbonnier, mse=self.mse
         )
 
     def extra_repr(self) -> str:
-        return f"levels={self.levels}, weights={self.weights}, charbonnier={self.charbonnier}"
+        return f"levels={self.levels}, weights={self.weights}, charbonnier={self.charbonnier}, mse={self.mse}"
 
 
 def discriminator_adversarial(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -137,10 +133,14 @@ def paired_cohesion(after: Tensor, before: Tensor, *, weight: float = 1.0) -> Te
     return _pyramid_loss(after, before, weight, charbonnier=SOFT) - weight * levels * SOFT
 
 
-def _pyramid_loss(x: Tensor, y: Tensor, weight: float, charbonnier: float | None = None) -> Tensor:
-    """With this factor, which costs nothing as one of every level."""
+def _pyramid_loss(
+    x: Tensor, y: Tensor, weight: float, *, charbonnier: float | None = None, mse: float = 0.0
+) -> Tensor:
+    """With this factor, which costs nothing as one of every level and of the mean square error."""
     levels = pyramid_levels(x.shape[-1])
-    return laplacian_pyramid_loss(x, y, levels=levels, weights=[float(weight)] * levels, charbonnier=charbonnier)
+    return laplacian_pyramid_loss(
+        x, y, levels=levels, weights=[float(weight)] * levels, charbonnier=charbonnier, mse=weight * mse
+    )
 
 
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, *, scale: float = 1.0) -> Tensor:

@@ -103,8 +103,9 @@ PYBIND11_MODULE(_C, module) {
     // ---- laplacian_pyramid
     using Strides = std::array<std::int64_t, 4>;
     py::class_<LaplacianPyramid>(module, "LaplacianPyramid")
-        .def(py::init([](int dtype, int samples, int channels, int height, int width, std::vector<float> weights, float eps) {
-            return LaplacianPyramid{Dtype{dtype}, samples, channels, height, width, std::move(weights), eps};
+        .def(py::init([](int dtype, int samples, int channels, int height, int width, std::vector<float> weights, float eps,
+                         double mse) {
+            return LaplacianPyramid{Dtype{dtype}, samples, channels, height, width, std::move(weights), eps, mse};
         }));
     module.def("laplacian_pyramid_workspace", &laplacian_pyramid_workspace);
     module.def(
@@ -118,10 +119,11 @@ PYBIND11_MODULE(_C, module) {
         unlocked);
     module.def(
         "laplacian_pyramid_backward",
-        [](const LaplacianPyramid& op, Address dloss, Address slope, Address coarse, Address dx, const Strides& s,
-           Address stream) {
-            laplacian_pyramid_backward(op, pointer<float>(dloss), pointer(slope), pointer<float>(coarse), pointer(dx),
-                                       {s[0], s[1], s[2], s[3]}, stream_of(stream));
+        [](const LaplacianPyramid& op, Address dloss, Address slope, Address coarse, Address x, const Strides& xs,
+           Address y, const Strides& ys, Address dx, const Strides& s, Address stream) {
+            laplacian_pyramid_backward(op, pointer<float>(dloss), pointer(slope), pointer<float>(coarse), pointer(x),
+                                       {xs[0], xs[1], xs[2], xs[3]}, pointer(y), {ys[0], ys[1], ys[2], ys[3]},
+                                       pointer(dx), {s[0], s[1], s[2], s[3]}, stream_of(stream));
         },
         unlocked);
 
@@ -269,10 +271,10 @@ PYBIND11_MODULE(_C, module) {
         unlocked);
     module.def(
         "upfirdn2d_add",
-        [](const Upfirdn2d& op, int x_dtype, Address x, Address f, int other_dtype, Address other, Address y,
-           Address stream) {
-            upfirdn2d_add(Dtype{x_dtype}, pointer(x), pointer<float>(f), Dtype{other_dtype}, pointer(other), pointer(y),
-                          op, stream_of(stream));
+        [](const Upfirdn2d& op, int x_dtype, Address x, Address f, int other_dtype, Address other,
+           bool other_channels_last, Address y, Address stream) {
+            upfirdn2d_add(Dtype{x_dtype}, pointer(x), pointer<float>(f), Dtype{other_dtype}, pointer(other),
+                          other_channels_last, pointer(y), op, stream_of(stream));
         },
         unlocked);
     module.def(

@@ -4,7 +4,8 @@
 // next level and the slopes rho'(band), and sums rho(band); what is small enough is done in one launch, by a cluster of
 // blocks for each plane. Going up, with g_j = weights[j] / numel_j * slope_j,
 //     d loss / d level_j = g_j + reduce^T(d loss / d level_{j+1} - expand^T(g_j)),
-// which takes the place of level j in memory. The loss is a sum of partial sums in a fixed order.
+// which takes the place of level j in memory. The loss is a sum of partial sums in a fixed order. A mean square error
+// joins at the top: its sum where x - y is made, its gradient where dx is written.
 #include "laplacian_pyramid.h"
 
 #include <algorithm>
@@ -170,11 +171,20 @@ T* at(void* workspace, std::int64_t offset) {
 
 // ---- one level ------------------------------------------------------------------------------------------------------
 
+// use(absolute, squares), flags of kernels; there are no squares but at the top.
+template <bool kTop, typename Use>
+void with_flags(const LaplacianPyramid& op, Use&& use) {
+    with_flag(op.absolute(), [&](auto absolute) {
+        if constexpr (kTop) with_flag(op.squares(), [&](auto squares) { use(absolute, squares); });
+        else use(absolute, std::false_type{});
+    });
+}
+
 template <typename T, bool kDifference, bool kAligned, class Tile>
 std::int64_t down(const LaplacianPyramid& op, const Plan& plan, int j, Down& a, const Launch& launch) {
     a.level = plan.level<Tile>(j);
-    with_flag(op.absolute(), [&](auto absolute) {
-        const auto kernel = down_level<T, kDifference, absolute.value, kAligned, Tile>;
+    with_flags<kDifference>(op, [&](auto absolute, auto squares) {
+        const auto kernel = down_level<T, kDifference, squares.value, absolute.value, kAligned, Tile>;
         launch(kernel, Grid{plan.blocks<Tile>(j), Tile::threads}, a);
     });
     return plan.blocks<Tile>(j);
@@ -184,26 +194,27 @@ template <typename T, bool kDifference>
 std::int64_t down_march(const LaplacianPyramid& op, const Plan& plan, int j, Down& a, const Launch& launch) {
     a.level = plan.march(j, a.rows);
     const std::int64_t blocks = plan.planes * a.level.strips * a.level.tiles;
-    with_flag(op.absolute(), [&](auto absolute) {
-        launch(march_down<T, kDifference, absolute.value>, Grid{blocks, kMarchThreads}, a);
+    with_flags<kDifference>(op, [&](auto absolute, auto squares) {
+        launch(march_down<T, kDifference, squares.value, absolute.value>, Grid{blocks, kMarchThreads}, a);
     });
     return blocks;
 }
 
-template <typename T>
+// kTop: of dx.
+template <typename T, bool kTop>
 void up_march(const LaplacianPyramid& op, const Plan& plan, int j, Up& a, const Launch& launch) {
     a.level = plan.march(j, a.rows);
     const std::int64_t blocks = plan.planes * a.level.strips * a.level.tiles + (a.sum.loss != nullptr);
-    with_flag(op.absolute(), [&](auto absolute) {
-        launch(march_up<T, absolute.value>, Grid{blocks, kMarchThreads}, a);
+    with_flags<kTop>(op, [&](auto absolute, auto squares) {
+        launch(march_up<T, squares.value, absolute.value>, Grid{blocks, kMarchThreads}, a);
     });
 }
 
-template <typename T, bool kAligned, class Tile>
+template <typename T, bool kTop, bool kAligned, class Tile>
 void up(const LaplacianPyramid& op, const Plan& plan, int j, Up& a, const Launch& launch) {
     a.level = plan.level<Tile>(j);
-    with_flag(op.absolute(), [&](auto absolute) {
-        launch(up_level<T, absolute.value, kAligned, Tile>,
+    with_flags<kTop>(op, [&](auto absolute, auto squares) {
+        launch(up_level<T, squares.value, absolute.value, kAligned, Tile>,
                Grid{plan.blocks<Tile>(j) + (a.sum.loss != nullptr), Tile::threads}, a);
     });
 }
@@ -256,6 +267,7 @@ void laplacian_pyramid(const LaplacianPyramid& op, const void* x, const ImageStr
         a.low = j < last ? level_of(j + 1) : nullptr;
         if (j == 0) {
             a.x = x, a.y = y, a.x_strides = x_strides, a.y_strides = y_strides, a.channels = op.channels;
+            a.squares = op.mse / static_cast<double>(plan.numel(0));
             const bool rgb = is_rgb(op, x, x_strides) && is_rgb(op, y, y_strides);
             const bool rows = has_vectors(op, x, x_strides) && has_vectors(op, y, y_strides);
             a.vectors = rgb || rows;
@@ -290,26 +302,34 @@ void laplacian_pyramid(const LaplacianPyramid& op, const void* x, const ImageStr
         a.slope = slope_of(j), a.coarse = level_of(j + 1), a.scale = static_cast<float>(step.scale);
         a.out = level_of(j), a.channels = 1, a.sum = sum;
         a.strides = {std::int64_t{step.height} * step.width, 0, step.width, 1};
-        if (step.width % 4 == 0) up_march<float>(op, plan, j, a, launch);
-        else up<float, false, SmallTile>(op, plan, j, a, launch);
+        if (step.width % 4 == 0) up_march<float, false>(op, plan, j, a, launch);
+        else up<float, false, false, SmallTile>(op, plan, j, a, launch);
         sum.loss = nullptr;
     }
     if (sum.loss != nullptr) launch(sum_loss, Grid{1, 1024}, sum);
 }
 
 void laplacian_pyramid_backward(const LaplacianPyramid& op, const float* dloss, const void* slope, const float* coarse,
-                                void* dx, const ImageStrides& dx_strides, cudaStream_t stream) {
+                                const void* x, const ImageStrides& x_strides, const void* y,
+                                const ImageStrides& y_strides, void* dx, const ImageStrides& dx_strides,
+                                cudaStream_t stream) {
     const Plan plan(op, true);
     const Launch launch{stream, plan.hopper};
     Up a = {};
     a.slope = slope, a.coarse = plan.count() > 1 ? coarse : nullptr, a.gain = dloss;
     a.scale = static_cast<float>(plan.steps[0].scale), a.out = dx, a.strides = dx_strides, a.channels = op.channels;
+    a.squares = static_cast<float>(2 * op.mse / static_cast<double>(plan.numel(0)));
+    a.x = x, a.y = y, a.x_strides = x_strides, a.y_strides = y_strides;
+    const auto all = [&](auto& is) {
+        return is(op, dx, dx_strides) && (!op.squares() || (is(op, x, x_strides) && is(op, y, y_strides)));
+    };
+    const bool rgb = all(is_rgb), rows = all(has_vectors);
     with_dtype(op.dtype, kOp, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        if (is_rgb(op, dx, dx_strides)) up<T, true, RgbTile>(op, plan, 0, a, launch);
-        else if (has_vectors(op, dx, dx_strides) && a.coarse != nullptr) up_march<T>(op, plan, 0, a, launch);
-        else if (has_vectors(op, dx, dx_strides)) up<T, true, LargeTile>(op, plan, 0, a, launch);
-        else up<T, false, SmallTile>(op, plan, 0, a, launch);
+        if (rgb) up<T, true, true, RgbTile>(op, plan, 0, a, launch);
+        else if (rows && a.coarse != nullptr) up_march<T, true>(op, plan, 0, a, launch);
+        else if (rows) up<T, true, true, LargeTile>(op, plan, 0, a, launch);
+        else up<T, true, false, SmallTile>(op, plan, 0, a, launch);
     });
 }
 

@@ -15,14 +15,17 @@ struct ImageStrides {
     std::int64_t n, c, h, w;
 };
 
-// loss = sum_j weights[j] * mean rho(band j of x - y); the number of levels is that of the weights.
+// loss = sum_j weights[j] * mean rho(band j of x - y) + mse * mean (x - y)^2; the number of levels is that of the
+// weights.
 struct LaplacianPyramid {
     Dtype dtype;
     int samples, channels, height, width;
     std::vector<float> weights;
-    float eps;  // of Charbonnier's rho(d) = sqrt(d^2 + eps^2); negative: rho(d) = |d|
+    float eps;   // of Charbonnier's rho(d) = sqrt(d^2 + eps^2); negative: rho(d) = |d|
+    double mse;  // 0: no squares are summed
 
     bool absolute() const { return eps < 0; }
+    bool squares() const { return mse > 0; }
 };
 
 // Bytes of workspace of a call of laplacian_pyramid; with slopes the inner levels keep theirs there.
@@ -35,8 +38,11 @@ void laplacian_pyramid(const LaplacianPyramid& op, const void* x, const ImageStr
                        const ImageStrides& y_strides, float* loss, void* slope, float* coarse, void* workspace,
                        cudaStream_t stream);
 
-// dx = dloss * d loss / d x from what the forward kept; dx is written with its own strides.
+// dx = dloss * d loss / d x from what the forward kept, and where op.squares() from x and y. It is written with its own
+// strides.
 void laplacian_pyramid_backward(const LaplacianPyramid& op, const float* dloss, const void* slope, const float* coarse,
-                                void* dx, const ImageStrides& dx_strides, cudaStream_t stream);
+                                const void* x, const ImageStrides& x_strides, const void* y,
+                                const ImageStrides& y_strides, void* dx, const ImageStrides& dx_strides,
+                                cudaStream_t stream);
 
 }  // namespace clone_fast

@@ -57,14 +57,27 @@ struct Down {
     bool last;     // no level below: the band is the level itself
     float eps_squared;
     double scale;     // weight / number of elements
+    double squares;   // mse / number of elements, at the top
     float* low;       // the level below, [planes, h, w]
     void* slope;      // rho' of the band, [planes, H, W], or null
-    double* partial;  // one sum of scale * rho for each block
+    double* partial;  // one sum of scale * rho, and of squares * (x - y)^2, for each block
     int rows;         // of a warp of march_down
 };
 
 // x - y, where -0 becomes 0: see Rho::slope.
 __device__ __forceinline__ float difference(float x, float y) { return (x - y) + 0.0f; }
+
+// From its threads' sums of rho, and with kSquares of (x - y)^2, the block's.
+template <bool kSquares>
+__device__ __forceinline__ void write_partial(const Down& a, float sum, float squares) {
+    if constexpr (kSquares) {
+        const double total = block_sum(a.scale * static_cast<double>(sum) + a.squares * static_cast<double>(squares));
+        if (threadIdx.x == 0) a.partial[blockIdx.x] = total;
+    } else {
+        const double total = block_sum(static_cast<double>(sum));
+        if (threadIdx.x == 0) a.partial[blockIdx.x] = a.scale * total;
+    }
+}
 
 // x - y of the block's tile, four rows more above and three below, repeated outside the image, into shared memory.
 template <typename T, bool kDifference, class Tile>
@@ -126,7 +139,7 @@ __device__ __forceinline__ void load_difference(float (&fine)[Tile::planes][Tile
 }
 
 // kAligned: the level's width is a multiple of 4.
-template <typename T, bool kDifference, bool kAbsolute, bool kAligned, class Tile>
+template <typename T, bool kDifference, bool kSquares, bool kAbsolute, bool kAligned, class Tile>
 __global__ void __launch_bounds__(Tile::threads, Tile::resident) down_level(const __grid_constant__ Down a) {
     __shared__ __align__(16) float fine[Tile::planes][Tile::rows + 7][kStrip];
     const Place<Tile> at(a.level);
@@ -136,7 +149,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::resident) down_level(cons
     wait_for_previous();
     load_difference<T, kDifference, Tile>(fine, a, at);
     __syncthreads();
-    float sum = 0;
+    float sum = 0, squares = 0;
     const float* tile = &fine[at.plane][at.y - at.y0][at.x - at.x0];
     float* low = a.low + (at.image() * low_height + at.y / 2) * low_width + at.x / 2;
     auto* slope = static_cast<typename Rho<kAbsolute>::Slope*>(a.slope);
@@ -159,12 +172,21 @@ __global__ void __launch_bounds__(Tile::threads, Tile::resident) down_level(cons
         if constexpr (kAligned) {
             sum += (rho(band[0]) + rho(band[1])) + (rho(band[2]) + rho(band[3]));
             if (slope != nullptr) store_slopes(slope + r * width, band, rho);
+            if constexpr (kSquares) {
+                float d[4];
+                row(r + 4, d);
+                squares += sum_of_squares(d);
+            }
         } else {
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 if (at.x + k >= width) break;
                 sum += rho(band[k]);
                 if (slope != nullptr) slope[r * width + k] = rho.slope(band[k]);
+                if constexpr (kSquares) {
+                    const float d = tile[(r + 4) * kStrip + k];
+                    squares = fmaf(d, d, squares);
+                }
             }
         }
     };
@@ -178,8 +200,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::resident) down_level(cons
     } else {
         strip_down<Tile::warp_rows>(Columns<false>(at.x, width), at.y, height, row, put, use);
     }
-    const double total = block_sum(static_cast<double>(sum));
-    if (threadIdx.x == 0) a.partial[blockIdx.x] = a.scale * total;
+    write_partial<kSquares>(a, sum, squares);
 }
 
 // The last level where it is too large for the shared memory of one block: d loss / d level in place of the level.
@@ -222,7 +243,7 @@ static __global__ void sum_loss(const __grid_constant__ Sum a) { sum_partials(a)
 
 // ---- up one level ------------------------------------------------------------------------------------------------
 
-// out = gain * (g + reduce^T(coarse - expand^T(g))) with g = scale * slope.
+// out = gain * (g + reduce^T(coarse - expand^T(g)) + squares * (x - y)) with g = scale * slope.
 struct Up {
     const void* slope;    // [planes, H, W]
     const float* coarse;  // [planes, h, w]; null: no level below, out = gain * g
@@ -230,6 +251,9 @@ struct Up {
     float scale;
     void* out;
     ImageStrides strides;
+    float squares;      // 2 mse / number of elements
+    const void *x, *y;  // [N, C, H, W] as `out`, read for the squares alone
+    ImageStrides x_strides, y_strides;
     int channels;
     Level level;
     Sum sum;   // done by one more block
@@ -274,8 +298,8 @@ struct SlopeRows {
 };
 
 // kAligned: width is a multiple of 4, and where one plane is one block's, four neighbours of a row may be stored at
-// once.
-template <typename T, bool kAbsolute, bool kAligned, class Tile>
+// once, and with kSquares loaded of x and y.
+template <typename T, bool kSquares, bool kAbsolute, bool kAligned, class Tile>
 __global__ void __launch_bounds__(Tile::threads, kAbsolute ? Tile::resident : 512 / Tile::threads)
     up_level(const __grid_constant__ Up a) {
     // Where the planes of a pixel are neighbours in memory, they meet here before they are stored.
@@ -289,8 +313,13 @@ __global__ void __launch_bounds__(Tile::threads, kAbsolute ? Tile::resident : 51
     T* out = static_cast<T*>(a.out) + first / a.channels * a.strides.n + first % a.channels * a.strides.c;
     T* own_out = out + at.y * a.strides.h + at.x * a.strides.w;
     const int row_stride = static_cast<int>(a.strides.h);
+    const auto image = [&](const void* from, const ImageStrides& s) {
+        return static_cast<const T*>(from) + first / a.channels * s.n + first % a.channels * s.c;
+    };
+    [[maybe_unused]] const T* from_x = kSquares ? image(a.x, a.x_strides) : nullptr;
+    [[maybe_unused]] const T* from_y = kSquares ? image(a.y, a.y_strides) : nullptr;
     wait_for_previous();
-    const float gain = a.gain == nullptr ? 1.0f : *a.gain;
+    const float gain = a.gain == nullptr ? 1.0f : *a.gain, squares = gain * a.squares;
     const SlopeRows<kAbsolute, kAligned, Tile::warp_rows + 7> row(a.slope, a.level, at.image(), at.y - 4, at.x);
     const float* low = a.coarse + (at.image() * low_height + at.y / 2 - 1) * low_width + at.x / 2;
     const auto coarse = [&](int t, float (&v)[2]) {
@@ -300,17 +329,28 @@ __global__ void __launch_bounds__(Tile::threads, kAbsolute ? Tile::resident : 51
         if (inside && k < low_width) v[0] = low[t * low_width];
         if (inside && k + 1 < low_width) v[1] = low[t * low_width + 1];
     };
-    const auto use = [&](int r, const float (&v)[4]) {
+    const auto use = [&](int r, float (&v)[4]) {
         if (!at.own || at.y + r >= height) return;
         if constexpr (Tile::planes > 1) {
             float* to = &staged[at.y - at.y0 + r][(at.x - at.x0) * Tile::planes + at.plane];
 #pragma unroll
             for (int k = 0; k < 4; ++k) to[k * Tile::planes] = v[k];
         } else if constexpr (kAligned) {
+            if constexpr (kSquares) {
+                add_difference<T>(v, squares, Four<T>::load(from_x + (at.y + r) * a.x_strides.h + at.x),
+                                  Four<T>::load(from_y + (at.y + r) * a.y_strides.h + at.x));
+            }
             Four<T>::store(own_out + r * row_stride, v);
         } else {
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
+                if constexpr (kSquares) {
+                    const std::int64_t row = at.y + r, column = min(at.x + k, width - 1);
+                    v[k] = fmaf(squares,
+                                to_float(from_x[row * a.x_strides.h + column * a.x_strides.w]) -
+                                    to_float(from_y[row * a.y_strides.h + column * a.y_strides.w]),
+                                v[k]);
+                }
                 if (at.x + k < width) own_out[r * a.strides.h + k * a.strides.w] = from_float<T>(v[k]);
             }
         }
@@ -337,6 +377,11 @@ __global__ void __launch_bounds__(Tile::threads, kAbsolute ? Tile::resident : 51
         for (int r = threadIdx.x / fours; r < Tile::rows && at.y0 + r < height; r += Tile::threads / fours) {
             float v[4];
             Four<float>::unpack(Four<float>::load(&staged[r][4 * four]), v);
+            if constexpr (kSquares) {
+                const int row = at.y0 + r, column = at.x0 * Tile::planes + 4 * four;
+                add_difference<T>(v, squares, Four<T>::load(from_x + row * a.x_strides.h + column),
+                                  Four<T>::load(from_y + row * a.y_strides.h + column));
+            }
             Four<T>::store(out + (at.y0 + r) * a.strides.h + at.x0 * Tile::planes + 4 * four, v);
         }
     }

@@ -13,6 +13,7 @@ namespace clone_fast::pyramid {
 
 inline constexpr int kMarchWarps = 4, kMarchThreads = 32 * kMarchWarps;
 inline constexpr int kMarchResident = 4;  // blocks of a multiprocessor: 128 registers for each thread
+inline constexpr int kMarchFewer = 3;     // of those with slopes in float32 and images beside them: 168
 
 // Where this warp stands; the warps of a block are one above the other.
 struct March {
@@ -62,8 +63,8 @@ __device__ __forceinline__ unsigned pack_signs(const float (&d)[4]) {
     return bytes;
 }
 
-// kDifference: the level is x - y. Not for the last level.
-template <typename T, bool kDifference, bool kAbsolute>
+// kDifference: the level is x - y, whose squares are summed with kSquares. Not for the last level.
+template <typename T, bool kDifference, bool kSquares, bool kAbsolute>
 __global__ void __launch_bounds__(kMarchThreads, kMarchResident) march_down(const __grid_constant__ Down a) {
     using Slope = typename Rho<kAbsolute>::Slope;
     constexpr int images = kDifference ? 2 : 1;
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kMarchThreads, kMarchResident) march_down(cons
 
     typename Four<T>::Bytes raw[3][2][images];
     float fine[3][2][4], half[3][2][2], wide[3][4], before[2] = {};
-    float sum = 0;
+    float sum = 0, squares = 0;
     const auto load = [&](int p, auto slot) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -138,14 +139,18 @@ __global__ void __launch_bounds__(kMarchThreads, kMarchResident) march_down(cons
             for (int k = 0; k < 4; ++k) wide[s1][k] = wide[s][k];
         }
         if (p < 4) return;
+        const int r = 2 * p - 8;
         float (&top)[4] = fine[s2][0], (&bottom)[4] = fine[s2][1];
+        if constexpr (kSquares) {  // before these are the band
+            if (at.own) squares += sum_of_squares(top);
+            if (at.own && at.y0 + r + 1 < height) squares += sum_of_squares(bottom);
+        }
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             const float factor = k % 2 == 0 ? -1.0f / 64 : -4.0f / 64;
             top[k] = fmaf(factor, interpolate_even(wide[s2][k], wide[s1][k], wide[s][k]), top[k]);
             bottom[k] = fmaf(4 * factor, wide[s1][k] + wide[s][k], bottom[k]);
         }
-        const int r = 2 * p - 8;
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
             const float (&band)[4] = fine[s2][b];
@@ -157,8 +162,7 @@ __global__ void __launch_bounds__(kMarchThreads, kMarchResident) march_down(cons
         }
     });
     let_next_come();
-    const double total = block_sum(static_cast<double>(sum));
-    if (threadIdx.x == 0) a.partial[blockIdx.x] = a.scale * total;
+    write_partial<kSquares>(a, sum, squares);
 }
 
 // ---- up ------------------------------------------------------------------------------------------------------------
@@ -218,9 +222,10 @@ struct SlopeRow<false> {
     static __device__ __forceinline__ void unpack(const Bytes& row, float (&v)[4]) { Four<float>::unpack(row, v); }
 };
 
-// Not for the last level; what `out` says of vectors as for march_down.
-template <typename T, bool kAbsolute>
-__global__ void __launch_bounds__(kMarchThreads, kMarchResident) march_up(const __grid_constant__ Up a) {
+// Not for the last level; what `out`, and for the squares x and y, say of vectors as for march_down.
+template <typename T, bool kSquares, bool kAbsolute>
+__global__ void __launch_bounds__(kMarchThreads, kSquares && !kAbsolute ? kMarchFewer : kMarchResident)
+    march_up(const __grid_constant__ Up a) {
     using Row = SlopeRow<kAbsolute>;
     if (a.sum.loss != nullptr && blockIdx.x == gridDim.x - 1) return sum_partials(a.sum);
     const March at(a.level, a.rows);
@@ -239,11 +244,28 @@ __global__ void __launch_bounds__(kMarchThreads, kMarchResident) march_up(const 
     const int stride = static_cast<int>(a.strides.h);
     T* out = static_cast<T*>(a.out) + sample * a.strides.n + channel * a.strides.c +
              at.y0 * static_cast<std::int64_t>(stride) + at.x;
+    const auto image = [&](const void* from, const ImageStrides& s) {
+        return static_cast<const T*>(from) + sample * s.n + channel * s.c + min(max(at.x, 0), width - 4);
+    };
+    [[maybe_unused]] const T* x = kSquares ? image(a.x, a.x_strides) : nullptr;
+    [[maybe_unused]] const T* y = kSquares ? image(a.y, a.y_strides) : nullptr;
+    [[maybe_unused]] const int x_stride = static_cast<int>(a.x_strides.h);
+    [[maybe_unused]] const int y_stride = static_cast<int>(a.y_strides.h);
+    [[maybe_unused]] const float squares = gain * a.squares;
 
     typename Row::Bytes raw[3][2], fine[3][2];
     typename Row::Half half[3][2];
     float2 below[3];
     float wide[3][4];
+    [[maybe_unused]] typename Four<T>::Bytes pixels[3][2][2];
+    [[maybe_unused]] const auto load_pixels = [&](int p, auto slot) {  // x and y of the rows that step p writes
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = min(at.y0 - 8 + 2 * p + r, height - 1);
+            pixels[slot.value][r][0] = Four<T>::load(x + row * x_stride);
+            pixels[slot.value][r][1] = Four<T>::load(y + row * y_stride);
+        }
+    };
     const auto load = [&](int p, auto slot) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -262,6 +284,11 @@ __global__ void __launch_bounds__(kMarchThreads, kMarchResident) march_up(const 
     load(0, std::integral_constant<int, 0>{});
     load(1, std::integral_constant<int, 1>{});
     load(2, std::integral_constant<int, 2>{});
+    if constexpr (kSquares) {
+        load_pixels(4, std::integral_constant<int, 1>{});
+        load_pixels(5, std::integral_constant<int, 2>{});
+        load_pixels(6, std::integral_constant<int, 0>{});
+    }
     at.walk([&](int p, auto slot) {
         constexpr int s = slot.value, s1 = (s + 2) % 3, s2 = (s + 1) % 3;
         float low[2] = {coarse_factor * below[s].x, coarse_factor * below[s].y};
@@ -292,6 +319,11 @@ __global__ void __launch_bounds__(kMarchThreads, kMarchResident) march_up(const 
         for (int k = 0; k < 4; ++k) {
             top[k] = fmaf(scale, top[k], interpolate_even(wide[s2][k], wide[s1][k], wide[s][k], even));
             bottom[k] = fmaf(scale, bottom[k], interpolate_odd(wide[s1][k], wide[s][k], odd));
+        }
+        if constexpr (kSquares) {
+            add_difference<T>(top, squares, pixels[s][0][0], pixels[s][0][1]);
+            add_difference<T>(bottom, squares, pixels[s][1][0], pixels[s][1][1]);
+            if (p + 3 < at.steps) load_pixels(p + 3, slot);
         }
         if (!at.own) return;
         Four<T>::store(out + r * stride, top);

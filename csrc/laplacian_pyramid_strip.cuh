@@ -276,7 +276,22 @@ struct Four {
     }
 };
 
+// v += factor * (x - y) of four neighbours, as they were loaded.
+template <typename T>
+__device__ __forceinline__ void add_difference(float (&v)[4], float factor, const typename Four<T>::Bytes& x,
+                                               const typename Four<T>::Bytes& y) {
+    float one[4], other[4];
+    Four<T>::unpack(x, one);
+    Four<T>::unpack(y, other);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) v[k] = fmaf(factor, one[k] - other[k], v[k]);
+}
+
 // ---- sums --------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float sum_of_squares(const float (&d)[4]) {
+    return fmaf(d[0], d[0], d[1] * d[1]) + fmaf(d[2], d[2], d[3] * d[3]);
+}
 
 // The sum over the block of float64, valid in thread 0: rounding must not show in the last bit of the loss.
 // partial: 32 numbers of shared memory.

@@ -39,9 +39,9 @@ struct Upfirdn2dFinish {
 void upfirdn2d_finish(Dtype dtype, const void* x, const float* f, void* y, Upfirdn2d args,
                       const Upfirdn2dFinish& finish, cudaStream_t stream);
 
-// With a 4x4 filter, up 2 and down 1, plus `other` [n, c, oh, ow], dense in the layout of x, of x's dtype or, where that
-// is float32, of any.
-void upfirdn2d_add(Dtype x_dtype, const void* x, const float* f, Dtype other_dtype, const void* other, void* y,
-                   const Upfirdn2d& args, cudaStream_t stream);
+// With a 4x4 filter, up 2 and down 1, plus `other` [n, c, oh, ow], dense in the layout of x, of x's dtype or, where
+// that is float32, of any. What is added to float32 in NCHW may be in channels_last.
+void upfirdn2d_add(Dtype x_dtype, const void* x, const float* f, Dtype other_dtype, const void* other,
+                   bool other_channels_last, void* y, const Upfirdn2d& args, cudaStream_t stream);
 
 }  // namespace clone_fast

@@ -70,6 +70,11 @@ def _decimated_inside(fine, i, j, width, BH: tl.constexpr, BW: tl.constexpr):
 
 
 @triton.jit
+def _difference(x, y, mask):
+    return tl.load(x, mask=mask).to(tl.float32) - tl.load(y, mask=mask).to(tl.float32)
+
+
+@triton.jit
 def _is_inside(i, j, height, width):
     """Whether rows 2i-2 .. 2i+2 and columns 2j-2 .. 2j+3 of the whole tile lie inside the image."""
     rows = (tl.min(i) > 0) & (2 * tl.max(i) + 2 < height)
@@ -91,9 +96,8 @@ def subtract(
     j = (pid % tiles_x * (2 * BW) + tl.arange(0, 2 * BW)).to(tl.int64)[None, :]
     mask = (i < height) & (j < width)
     n, c = plane // channels, plane % channels
-    one = tl.load(x + n * x_n + c * x_c + i * x_h + j * x_w, mask=mask).to(tl.float32)
-    other = tl.load(y + n * y_n + c * y_c + i * y_h + j * y_w, mask=mask).to(tl.float32)
-    tl.store(out + (plane * height + i) * width + j, one - other, mask=mask)
+    d = _difference(x + n * x_n + c * x_c + i * x_h + j * x_w, y + n * y_n + c * y_c + i * y_h + j * y_w, mask)
+    tl.store(out + (plane * height + i) * width + j, d, mask=mask)
 
 
 @triton.jit
@@ -147,10 +151,14 @@ def _rho(d, eps, mask, ABSOLUTE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["height", "tiles_y", "tiles_x", "count"])
 def band(
-    fine, low, slope, partial, height, width, tiles_y, tiles_x, weight, count, eps,
-    LAST: tl.constexpr, KEEP: tl.constexpr, ABSOLUTE: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,
+    fine, low, slope, partial, height, width, tiles_y, tiles_x, weight, count, eps, mse,
+    LAST: tl.constexpr, KEEP: tl.constexpr, ABSOLUTE: tl.constexpr, SQUARES: tl.constexpr, BH: tl.constexpr,
+    BW: tl.constexpr,
 ):  # fmt: skip
-    """Slopes [planes, H, W] of the band of fine over low, where KEEP; weight * sum rho / count for each program."""
+    """Slopes [planes, H, W] of the band of fine over low, where KEEP; weight * sum rho / count for each program.
+
+    SQUARES: plus mse * sum fine^2 / count.
+    """
     plane, i, j = _place(tiles_y, tiles_x, BH, BW)
     low_height, low_width = (height + 1) // 2, (width + 1) // 2
     column = 2 * tl.min(j) + tl.arange(0, 2 * BW)[None, :]
@@ -158,6 +166,8 @@ def band(
     at = plane * height * width + 2 * i * width + column
     top = tl.load(fine + at, mask=top_mask, other=0.0)
     bottom = tl.load(fine + at + width, mask=bottom_mask, other=0.0)
+    if SQUARES:
+        squares = tl.sum(tl.fma(top, top, bottom * bottom))
     if not LAST:
         low += plane * low_height * low_width
         even0, odd0 = _expanded_row(low, _clamped(i - 1, low_height), j, low_width)
@@ -167,7 +177,10 @@ def band(
         bottom -= tl.interleave(even1 + even2, odd1 + odd2) / 16
     top_sum, top = _rho(top, eps, top_mask, ABSOLUTE)
     bottom_sum, bottom = _rho(bottom, eps, bottom_mask, ABSOLUTE)
-    tl.store(partial + tl.program_id(0), (top_sum + bottom_sum).to(tl.float64) * weight / count)
+    total = (top_sum + bottom_sum).to(tl.float64) * weight
+    if SQUARES:
+        total += squares.to(tl.float64) * mse
+    tl.store(partial + tl.program_id(0), total / count)
     if KEEP:
         tl.store(slope + at, top.to(slope.dtype.element_ty), mask=top_mask)
         tl.store(slope + at + width, bottom.to(slope.dtype.element_ty), mask=bottom_mask)
@@ -244,12 +257,18 @@ def _interpolated_row(u, row, j, low_height, low_width, width):
     return tl.fma(even, b, a + c), tl.fma(odd, b, 4 * c)
 
 
-@triton.jit(do_not_specialize=["channels", "height", "tiles_y", "tiles_x", "out_n", "out_c"])
+@triton.jit(do_not_specialize=[
+    "channels", "height", "tiles_y", "tiles_x", "x_n", "x_c", "y_n", "y_c", "out_n", "out_c",
+])  # fmt: skip
 def up(
-    slope, u, gain, out, channels, height, width, tiles_y, tiles_x, out_n, out_c, out_h, out_w, scale,
-    LAST: tl.constexpr, HAS_GAIN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,
+    slope, u, gain, x, y, out, channels, height, width, tiles_y, tiles_x, x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
+    out_n, out_c, out_h, out_w, scale, squares,
+    LAST: tl.constexpr, HAS_GAIN: tl.constexpr, SQUARES: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """out = gain * (scale * slope + reduce^T(u)), [planes, H, W] with strides of its own."""
+    """out = gain * (scale * slope + reduce^T(u)), [planes, H, W] with strides of its own.
+
+    SQUARES: plus gain * squares * (x - y).
+    """
     plane, i, j = _place(tiles_y, tiles_x, BH, BW)
     low_height, low_width = (height + 1) // 2, (width + 1) // 2
     column = 2 * tl.min(j) + tl.arange(0, 2 * BW)[None, :]
@@ -265,10 +284,15 @@ def up(
         even, odd = _middle(2 * i, height)
         top += tl.interleave(tl.fma(even, even1, even0 + even2), tl.fma(even, odd1, odd0 + odd2)) / 256
         bottom += tl.interleave(tl.fma(odd, even1, 4 * even2), tl.fma(odd, odd1, 4 * odd2)) / 256
+    n, c, row, column = plane // channels, plane % channels, 2 * i.to(tl.int64), column.to(tl.int64)
+    if SQUARES:
+        x += n * x_n + c * x_c + row * x_h + column * x_w
+        y += n * y_n + c * y_c + row * y_h + column * y_w
+        top += squares * _difference(x, y, top_mask)
+        bottom += squares * _difference(x + x_h, y + y_h, bottom_mask)
     if HAS_GAIN:
         top *= tl.load(gain)
         bottom *= tl.load(gain)
-    out += (plane // channels) * out_n + (plane % channels) * out_c
-    to = out + 2 * i.to(tl.int64) * out_h + column.to(tl.int64) * out_w
+    to = out + n * out_n + c * out_c + row * out_h + column * out_w
     tl.store(to, top.to(out.dtype.element_ty), mask=top_mask)
     tl.store(to + out_h, bottom.to(out.dtype.element_ty), mask=bottom_mask)

@@ -203,6 +203,7 @@ def _laplacian_pyramid(pick: Random) -> Call:
     levels = pick.randint(1, 8)
     options: dict[str, Any] = {"levels": levels, "charbonnier": pick.choice([None, None, 0.1])}
     options["weights"] = pick.choice([None, [pick.choice([0.0, 0.5, 1.0, 2.0]) for _ in range(levels)]])
+    options["mse"] = pick.choice([0.0, 0.0, 1.0, 3.0])
     return Call("laplacian_pyramid", {"x": _normal(*shape), "y": _normal(*shape)}, options)
 
 

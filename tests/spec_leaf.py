@@ -63,13 +63,16 @@ def _upfirdn2d_add(x: Tensor, other: Tensor, f: Tensor, *options: Any) -> Tensor
     return as_result(_upfirdn2d(x, f, *options) + other, x)
 
 
-def _loss(x: Tensor, y: Tensor, levels: int, weights: Sequence[float], charbonnier: float | None) -> Tensor:
-    return laplacian_pyramid.laplacian_pyramid_loss(x, y, levels=levels, weights=weights, charbonnier=charbonnier)
+def _loss(
+    x: Tensor, y: Tensor, levels: int, weights: Sequence[float], charbonnier: float | None, mse: float
+) -> Tensor:
+    loss = laplacian_pyramid.laplacian_pyramid_loss
+    return loss(x, y, levels=levels, weights=weights, charbonnier=charbonnier, mse=mse)
 
 
 @differentiating
 def laplacian_keep(
-    x: Tensor, y: Tensor, levels: int, weights: Sequence[float], charbonnier: float | None
+    x: Tensor, y: Tensor, levels: int, weights: Sequence[float], charbonnier: float | None, mse: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
     image = (x.to(compute) - y.to(compute)).detach()
@@ -77,25 +80,28 @@ def laplacian_keep(
     if levels > 1:
         second = laplacian_pyramid.reduce(image).requires_grad_()
         image = image - laplacian_pyramid.expand(second.detach(), *x.shape[2:])
-        below = _loss(second, torch.zeros_like(second), levels - 1, weights[1:], charbonnier)
+        below = _loss(second, torch.zeros_like(second), levels - 1, weights[1:], charbonnier, 0.0)
         coarse = torch.autograd.grad(below, second)[0].float()
     band = image.requires_grad_()
     (slope,) = torch.autograd.grad(laplacian_pyramid.distance(band, charbonnier).sum(), band)
     kept = slope.to(torch.int8 if charbonnier is None else compute)
-    return _loss(x, y, levels, weights, charbonnier).detach(), kept, coarse
+    return _loss(x, y, levels, weights, charbonnier, mse).detach(), kept, coarse
 
 
 @differentiating
-def laplacian_backward(dloss: Tensor, slope: Tensor, coarse: Tensor, weight: float, x: Tensor) -> Tensor:
+def laplacian_backward(
+    dloss: Tensor, slope: Tensor, coarse: Tensor, weight: float, x: Tensor, y: Tensor, mse: float
+) -> Tensor:
     """d band / d image is the identity less expand(reduce(image)); the second level is reduce(image)."""
     slopes = slope.to(dloss.dtype) * (dloss * (weight / slope.numel()))
+    squares = (x.to(dloss.dtype) - y.to(dloss.dtype)) * (dloss * (2 * mse / slope.numel()))
     if not coarse.numel():
-        return slopes.to(x.dtype)
+        return (slopes + squares).to(x.dtype)
     image = torch.zeros_like(slopes, requires_grad=True)
     second = laplacian_pyramid.reduce(image)
     parts = [second, laplacian_pyramid.expand(second, *image.shape[2:])]
     (through,) = torch.autograd.grad(parts, image, [coarse.to(dloss.dtype) * dloss, -slopes])
-    return (slopes + through).to(x.dtype)
+    return (slopes + through + squares).to(x.dtype)
 
 
 def _convolution(

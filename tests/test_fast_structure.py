@@ -228,7 +228,7 @@ def test_op_check(backend: str) -> None:
         torch.randn(1, 3, 19, 20, device="cuda"),
     )
     for charbonnier in (None, 0.1):
-        assert_op_check(OPS.laplacian_pyramid.default, (image, target, 3, [1.0] * 3, charbonnier, True, backend))
+        assert_op_check(OPS.laplacian_pyramid.default, (image, target, 3, [1.0] * 3, charbonnier, 0.5, True, backend))
 
 
 @every_backend

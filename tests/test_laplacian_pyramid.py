@@ -25,12 +25,19 @@ def double(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def registered(x: Tensor, y: Tensor, *, levels: int = 6, weights: list[float] | None = None) -> Tensor:
-    return REGISTERED(x, y, levels, [1.0] * levels if weights is None else weights, None, False, "reference")[0]
+def registered(
+    x: Tensor, y: Tensor, *, levels: int = 6, weights: list[float] | None = None, mse: float = 0.0
+) -> Tensor:
+    return REGISTERED(x, y, levels, [1.0] * levels if weights is None else weights, None, mse, False, "reference")[0]
 
 
 def expected_loss(
-    x: Tensor, y: Tensor, levels: int, weights: list[float] | None = None, charbonnier: float = 0.0
+    x: Tensor,
+    y: Tensor,
+    levels: int,
+    weights: list[float] | None = None,
+    charbonnier: float = 0.0,
+    mse: float = 0.0,
 ) -> float:
     """The bands of both images, each on its own. Charbonnier's distance with eps = 0 is the absolute value."""
     bands = zip(
@@ -39,7 +46,8 @@ def expected_loss(
         [1.0] * levels if weights is None else weights,
         strict=True,
     )
-    return float(sum(weight * naive.charbonnier(one - other, charbonnier).mean() for one, other, weight in bands))
+    total = sum(weight * naive.charbonnier(one - other, charbonnier).mean() for one, other, weight in bands)
+    return float(total + mse * np.square(naive.array(x) - naive.array(y)).mean())
 
 
 # ---- the pyramid -------------------------------------------------------------------------------------------------
@@ -105,7 +113,10 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     x, y = torch.randn(2, 3, 20, 24).to(dtype), torch.randn(2, 3, 20, 24).to(dtype)
     for low, high in zip(laplacian_pyramid(x), laplacian_pyramid(x.float()), strict=True):
         assert torch.equal(low, high.to(dtype))
-    assert torch.equal(laplacian_pyramid_loss(x, y), laplacian_pyramid_loss(x.float(), y.float()))
+    for mse in (0.0, 2.0):
+        assert torch.equal(
+            laplacian_pyramid_loss(x, y, mse=mse), laplacian_pyramid_loss(x.float(), y.float(), mse=mse)
+        )
 
 
 def naive_in_dtype(x: Tensor, levels: int) -> list[Tensor]:
@@ -143,6 +154,24 @@ def test_charbonnier(size: tuple[int, int], levels: int, weights: list[float] | 
     x, y = double(2, 3, *size), double(2, 3, *size)
     loss = laplacian_pyramid_loss(x, y, levels=levels, weights=weights, charbonnier=eps)
     assert loss.item() == pytest.approx(expected_loss(x, y, levels, weights, eps), rel=1e-12)
+
+
+@pytest.mark.parametrize("function", [laplacian_pyramid_loss, registered])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("levels", "weights"), [(1, None), (4, [1, 0, 2.5, 1]), (2, [0, 0])])
+@pytest.mark.parametrize("mse", [1, 0.3, 400.0])
+def test_mean_square_error(
+    function: Callable[..., Tensor], size: tuple[int, int], levels: int, weights: list[float] | None, mse: float
+) -> None:
+    x, y = double(2, 3, *size), double(2, 3, *size)
+    loss = function(x, y, levels=levels, weights=weights, mse=mse)
+    assert loss.item() == pytest.approx(expected_loss(x, y, levels, weights, mse=mse), rel=1e-12)
+
+
+def test_mean_square_error_beside_charbonnier() -> None:
+    x, y = double(2, 3, 9, 14), double(2, 3, 9, 14)
+    loss = laplacian_pyramid_loss(x, y, levels=3, charbonnier=0.2, mse=1.5)
+    assert loss.item() == pytest.approx(expected_loss(x, y, 3, None, 0.2, 1.5), rel=1e-12)
 
 
 def test_gradcheck_of_charbonnier() -> None:
@@ -190,22 +219,25 @@ def test_loss_of_a_shift_in_brightness() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 @pytest.mark.parametrize("function", [laplacian_pyramid_loss, registered])
-def test_loss_dtypes(dtype: torch.dtype, layout: str, function: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("mse", [0.0, 2.0])
+def test_loss_dtypes(dtype: torch.dtype, layout: str, function: Callable[..., Tensor], mse: float) -> None:
     x, y = (as_layout(torch.randn(2, 3, 20, 24).to(dtype), layout) for _ in range(2))
-    loss = function(x, y)
+    loss = function(x, y, mse=mse)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     plain = torch.stack([band.abs().mean() for band in naive_in_dtype(x - y, 6)]).sum()
-    assert_close_as_dtype(loss, np.array(expected_loss(x, y, 6)), plain)
+    plain = plain + mse * (x - y).square().mean()
+    assert_close_as_dtype(loss, np.array(expected_loss(x, y, 6, mse=mse)), plain)
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("function", [laplacian_pyramid_loss, registered])
-def test_gradcheck(function: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("mse", [0.0, 0.7])
+def test_gradcheck(function: Callable[..., Tensor], mse: float) -> None:
     x, y = double(1, 2, 5, 4).requires_grad_(), double(1, 2, 5, 4).requires_grad_()
-    assert gradcheck(lambda x, y: function(x, y, levels=3, weights=[1, 2, 3]), (x, y))
-    assert gradgradcheck(lambda x, y: function(x * x, y, levels=3, weights=[1, 2, 3]), (x, y))
+    assert gradcheck(lambda x, y: function(x, y, levels=3, weights=[1, 2, 3], mse=mse), (x, y))
+    assert gradgradcheck(lambda x, y: function(x * x, y, levels=3, weights=[1, 2, 3], mse=mse), (x, y))
 
 
 def test_gradcheck_of_the_bands() -> None:
@@ -219,7 +251,7 @@ def test_both_ways_have_the_same_gradients() -> None:
     found = []
     for function in (laplacian_pyramid_loss, registered):
         x, y = (value.clone().requires_grad_() for value in values)
-        found.append(torch.autograd.grad(function(x, y, levels=4), (x, y)))
+        found.append(torch.autograd.grad(function(x, y, levels=4, mse=1.5), (x, y)))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(found[0][0], -found[0][1])
@@ -229,7 +261,7 @@ def test_y_computed_from_x_is_counted_once() -> None:
     x = double(1, 1, 6, 6).requires_grad_()
     found = []
     for function in (laplacian_pyramid_loss, registered):
-        (slope,) = torch.autograd.grad(function(x.pow(3), x.square(), levels=3), x, create_graph=True)
+        (slope,) = torch.autograd.grad(function(x.pow(3), x.square(), levels=3, mse=1.5), x, create_graph=True)
         found.append((slope, torch.autograd.grad(slope.square().sum(), x)[0]))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
@@ -244,7 +276,7 @@ def test_y_computed_from_x_is_counted_once() -> None:
 )
 def test_opcheck(layout: str, dtype: torch.dtype) -> None:
     x, y = (as_layout(torch.randn(2, 3, 9, 8).to(dtype), layout).requires_grad_() for _ in range(2))
-    assert_op_check(REGISTERED, (x, y, 2, [1.0, 0.5], None, False, "reference"))
+    assert_op_check(REGISTERED, (x, y, 2, [1.0, 0.5], None, 0.5, False, "reference"))
 
 
 @pytest.mark.parametrize("dynamic_batch", [False, True])
@@ -252,7 +284,7 @@ def test_opcheck(layout: str, dtype: torch.dtype) -> None:
 def test_compiles_without_a_graph_break(function: Callable[..., Tensor], dynamic_batch: bool) -> None:
     y = torch.randn(1, 3, 12, 10)
     compiled(
-        lambda x: function(x, y.expand(len(x), -1, -1, -1), levels=3),
+        lambda x: function(x, y.expand(len(x), -1, -1, -1), levels=3, mse=2.0),
         torch.randn(2, 3, 12, 10),
         dynamic_batch=dynamic_batch,
     )
@@ -303,6 +335,8 @@ X = torch.zeros(1, 3, 4, 4)
         (ValueError, "weights must be 2 numbers >= 0, got [1, -1]", (X, X), {"levels": 2, "weights": [1, -1]}),
         (ValueError, "weights must be 1 numbers >= 0, got ['a']", (X, X), {"levels": 1, "weights": ["a"]}),
         (ValueError, "weights must be 1 numbers >= 0, got 2", (X, X), {"levels": 1, "weights": 2}),
+        (ValueError, "mse must be a number >= 0, got -0.5", (X, X), {"mse": -0.5}),
+        (ValueError, "mse must be a number >= 0, got None", (X, X), {"mse": None}),
     ],
 )
 def test_bad_arguments(error: type[Exception], message: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

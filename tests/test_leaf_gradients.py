@@ -110,17 +110,18 @@ def test_upfirdn2d(up: Any, down: Any, padding: list[int], taps: Any) -> None:
 @pytest.mark.parametrize("levels", [1, 2, 4])
 @pytest.mark.parametrize("size", [(5, 6), (1, 7), (2, 2), (9, 4)], ids=str)
 @pytest.mark.parametrize("charbonnier", [None, 0.3])
-def test_laplacian_pyramid(levels: int, size: tuple[int, int], charbonnier: float | None) -> None:
+@pytest.mark.parametrize("mse", [0.0, 0.8])
+def test_laplacian_pyramid(levels: int, size: tuple[int, int], charbonnier: float | None, mse: float) -> None:
     """Kept slopes are of float32 where they are sums, so the tolerance is."""
     x, y = double(2, 1, *size).requires_grad_(), double(2, 1, *size).requires_grad_()
     weights = [0.5, 1.0, 2.0, 0.7][:levels]
 
-    def loss(**kwargs: Any) -> Tensor:
-        return laplacian_pyramid_loss(x, y, levels=levels, weights=weights, charbonnier=charbonnier, **kwargs)
-
     found, want = (
         [value, *torch.autograd.grad(2 * value, (x, y))]
-        for value in (loss(), OPS.laplacian_pyramid(x, y, levels, weights, charbonnier, False, "reference")[0])
+        for value in (
+            laplacian_pyramid_loss(x, y, levels=levels, weights=weights, charbonnier=charbonnier, mse=mse),
+            OPS.laplacian_pyramid(x, y, levels, weights, charbonnier, mse, False, "reference")[0],
+        )
     )
     for one, other in zip(found, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
@@ -130,20 +131,24 @@ def test_laplacian_pyramid(levels: int, size: tuple[int, int], charbonnier: floa
 def test_laplacian_pyramid_twice() -> None:
     """Smooth, so that there is a second derivative: of the reference."""
     x, y = double(1, 1, 4, 5).requires_grad_(), double(1, 1, 4, 5).requires_grad_()
-    assert gradgradcheck(lambda x, y: laplacian_pyramid_loss(x, y, levels=2, charbonnier=0.5), (x, y))
+    for mse in (0.0, 0.8):
+        assert gradgradcheck(
+            lambda x, y, mse=mse: laplacian_pyramid_loss(x, y, levels=2, charbonnier=0.5, mse=mse), (x, y)
+        )
 
 
 @pytest.mark.parametrize("charbonnier", [None, 0.3])
 @pytest.mark.parametrize("levels", [1, 3])
 def test_laplacian_pyramid_ops(levels: int, charbonnier: float | None) -> None:
     x, y = torch.randn(2, 3, 5, 6, requires_grad=True), torch.randn(2, 3, 5, 6)
-    args = (x, y, levels, [1.0] * levels, charbonnier)
+    args = (x, y, levels, [1.0] * levels, charbonnier, 0.7)
     for keep in (True, False):
         assert_op_check(OPS.laplacian_pyramid.default, (*args, keep, LEAF))
     _, slope, coarse = OPS.laplacian_pyramid(*args, True, LEAF)
     dloss = torch.tensor(1.5)
     assert_op_check(
-        OPS.laplacian_pyramid_backward.default, (dloss, slope.detach(), coarse.detach(), 0.5, x.detach(), LEAF)
+        OPS.laplacian_pyramid_backward.default,
+        (dloss, slope.detach(), coarse.detach(), 0.5, x.detach(), y, 0.7, LEAF),
     )
 
 
@@ -299,4 +304,4 @@ def test_modulated_conv2d_compiles_without_a_graph_break(up: int, down: int) -> 
 @pytest.mark.usefixtures("on_leaf")
 def test_the_loss_compiles_without_a_graph_break() -> None:
     y = torch.randn(1, 3, 9, 8)
-    compiled(lambda x: laplacian_pyramid_loss(x, y, levels=3, charbonnier=0.1), torch.randn(1, 3, 9, 8))
+    compiled(lambda x: laplacian_pyramid_loss(x, y, levels=3, charbonnier=0.1, mse=1.0), torch.randn(1, 3, 9, 8))

@@ -160,24 +160,28 @@ def test_the_weight_of_a_loss_is_a_factor(loss: Callable[..., Tensor], weight: f
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize(("weight", "beside"), [(1.0, 0), (400.0, 2)])
-def test_little_stands_between_an_image_and_its_gradient(weight: float, beside: int) -> None:
-    """beside: what a weight costs, on the lane of the mean square, forward and back."""
+@pytest.mark.parametrize("weight", [1.0, 400.0])
+def test_nothing_but_the_loss_stands_between_an_image_and_its_gradient(weight: float) -> None:
     with torch.device("meta"):
         photo, image = torch.empty(1, 3, 64, 64), torch.empty(1, 3, 64, 64, requires_grad=True)
     with counted() as launches:
         added([Reconstruction(photo, weight=weight)(image)]).backward()
     pyramid = {"clone_fast::laplacian_pyramid": 1, "clone_fast::laplacian_pyramid_backward": 1}
-    squares = {"aten::mse_loss": 1, "aten::mse_loss_backward": 1} | ({"aten::mul": beside} if beside else {})
-    sums = {"aten::add": 2}  # of the two losses, and of their gradients
-    assert dict(launches.found) == pyramid | squares | sums | {"aten::ones_like": 1}
+    assert dict(launches.found) == pyramid | {"aten::ones_like": 1}
 
 
 # ---- the pyramid loss as a module --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"levels": 2}, {"levels": 3, "weights": [4, 0.0, 1]}, {"levels": 3, "charbonnier": 0.01}]
+    "options",
+    [
+        {},
+        {"levels": 2},
+        {"levels": 3, "weights": [4, 0.0, 1]},
+        {"levels": 3, "charbonnier": 0.01},
+        {"levels": 3, "mse": 2.0},
+    ],
 )
 @pytest.mark.parametrize("size", [(16, 16), (9, 14)])
 def test_the_module_is_the_specification(options: dict[str, Any], size: tuple[int, int]) -> None:
@@ -191,7 +195,7 @@ def test_the_module_is_the_specification(options: dict[str, Any], size: tuple[in
 
 
 def test_the_module_has_no_state_and_survives_copies_and_files() -> None:
-    loss = LaplacianPyramidLoss(3, [1.0, 2.0, 3.0], charbonnier=0.1)
+    loss = LaplacianPyramidLoss(3, [1.0, 2.0, 3.0], charbonnier=0.1, mse=0.5)
     assert loss.state_dict() == {}
     assert list(loss.parameters()) == []
     file = io.BytesIO()
@@ -200,7 +204,7 @@ def test_the_module_has_no_state_and_survives_copies_and_files() -> None:
     x, y = rand(1, 3, 16, 16, seed=1), rand(1, 3, 16, 16, seed=2)
     for other in (copy.deepcopy(loss), torch.load(file, weights_only=False), nn.Sequential(loss)[0].half()):
         assert torch.equal(other(x, y), loss(x, y))
-    assert "levels=3, weights=(1.0, 2.0, 3.0), charbonnier=0.1" in repr(loss)
+    assert "levels=3, weights=(1.0, 2.0, 3.0), charbonnier=0.1, mse=0.5" in repr(loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -223,7 +227,7 @@ def test_the_module_compiles_as_one_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"levels": 0}, {"levels": 2, "weights": [1.0]}, {"weights": 3.0}, {"charbonnier": 0}]
+    "options", [{"levels": 0}, {"levels": 2, "weights": [1.0]}, {"weights": 3.0}, {"charbonnier": 0}, {"mse": -1}]
 )
 def test_the_module_refuses_wrong_options_when_it_is_made(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="laplacian_pyramid: "):

@@ -295,6 +295,15 @@ def test_launches_of_config_f(dtype: torch.dtype) -> None:
     assert found["D", True] <= (164 if half else 120)  # float32's scaled weights among them, whose gradients are scaled
 
 
+def test_the_last_image_is_written_as_it_is_returned() -> None:
+    with torch.device("meta"):
+        g, ws = Generator(Architecture()), torch.empty(1, 18, 512)
+    with counted() as found:
+        image = g.synthesis(ws, dtype=torch.bfloat16)
+    assert image.is_contiguous()
+    assert not found.found["aten::clone"]
+
+
 @pytest.mark.parametrize(
     ("device", "capability", "want"), [("cpu", 9, "tf32"), ("cuda", 9, "bf16"), ("cuda", 7, "tf32")]
 )

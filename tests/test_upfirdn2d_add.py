@@ -68,6 +68,21 @@ def test_the_result_has_the_dtype_of_the_image(leaf: list[Tensor]) -> None:
     assert (dx.dtype, dother.dtype) == (torch.float32, torch.bfloat16)
 
 
+@pytest.mark.parametrize("last", [0, 1])
+def test_the_result_has_the_layout_of_the_image(last: int) -> None:
+    inputs = [torch.randn(2, 3, 4, 6), torch.randn(2, 3, 8, 12).bfloat16()]
+    want = upsample2d_add(inputs[0], BLUR, inputs[1])
+    inputs[last] = inputs[last].contiguous(memory_format=torch.channels_last)
+    y = upsample2d_add(inputs[0], BLUR, inputs[1])
+    assert y.is_contiguous(memory_format=layout_of(inputs[0]))
+    assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_on_leaves_the_result_has_the_layout_of_the_image(last: int, leaf: list[Tensor]) -> None:
+    test_the_result_has_the_layout_of_the_image(last)
+
+
 def test_gradients_of_the_sum(leaf: list[Tensor]) -> None:
     inputs = double(1, 2, 3, 4).requires_grad_(), double(1, 2, 6, 8).requires_grad_()
     assert gradcheck(lambda x, other: upsample2d_add(x, BLUR, other), inputs)
@@ -88,9 +103,11 @@ def test_one_gradient_of_the_sum(wanted: int, leaf: list[Tensor]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_op_check(dtype: torch.dtype) -> None:
     x, other = torch.randn(1, 3, 4, 5, requires_grad=True), torch.randn(1, 3, 8, 10).to(dtype).requires_grad_()
-    x_last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-    for image in x, x_last:
-        assert_op_check(REGISTERED, (image, other, BLUR, UP, NO, [2, 1, 2, 1], False, 4.0, "reference"))
+    x_last, other_last = (
+        image.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for image in (x, other)
+    )
+    for image, added in (x, other), (x_last, other), (x, other_last):
+        assert_op_check(REGISTERED, (image, added, BLUR, UP, NO, [2, 1, 2, 1], False, 4.0, "reference"))
 
 
 def test_both_compile_without_a_graph_break() -> None:
@@ -200,11 +217,28 @@ def test_on_cuda(shape: tuple[int, ...], layout: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("nan_empty")
-def test_layouts_that_differ() -> None:
-    for one, two in ("channels_last", "contiguous"), ("contiguous", "channels_last"), ("strided", "channels_last"):
-        x = placed(torch.randn(2, 8, 6, 5, device="cuda"), one)
-        other = placed(torch.randn(2, 8, 12, 10, device="cuda"), two)
-        check_on_cuda(x, other, BLUR.cuda(), *USES[0])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 8, 6, 5), (1, 3, 12, 8), (5, 3, 100, 36)], ids=str)
+@pytest.mark.parametrize("layouts", [("channels_last", "contiguous"), ("contiguous", "channels_last")], ids=str)
+def test_layouts_that_differ(shape: tuple[int, ...], layouts: tuple[str, str]) -> None:
+    n, c, h, w = shape
+    one, two = layouts
+    for dtype, added in PAIRS:
+        for (padding, flip, gain), f in zip(USES, [BLUR, torch.randn(4, 4), BLUR, torch.randn(4)], strict=True):
+            x = torch.randn(n, c, h, w).to("cuda", dtype)
+            other = placed(torch.randn(n, c, 2 * h, 2 * w).to("cuda", added), two)
+            for layout in [one] if one == "channels_last" else [one, "strided", "offset"]:
+                check_on_cuda(placed(x, layout), other, f.cuda(), padding, flip, gain)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_empty")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_layout_of_what_is_added_changes_nothing(dtype: torch.dtype) -> None:
+    x, other = torch.randn(2, 3, 64, 64, device="cuda"), torch.randn(2, 3, 128, 128, device="cuda").to(dtype)
+    images, others = ([placed(image, "contiguous"), placed(image, "channels_last")] for image in (x, other))
+    want, *rest = (upsample2d_add(image, BLUR.cuda(), one, backend="cuda") for image in images for one in others)
+    for got in rest:
+        assert torch.equal(got, want)
 
 
 @pytest.mark.gpu

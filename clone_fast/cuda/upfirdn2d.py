@@ -60,13 +60,27 @@ def launch_add(
     flip_filter: bool,
     gain: float,
 ) -> Tensor:
-    """`launch`, plus other, of the size of its result: summed in float32, rounded once to x's dtype."""
-    layout = layout_of(x)
-    x, other, f = x.contiguous(memory_format=layout), other.contiguous(memory_format=layout), f.contiguous()
+    """`launch`, plus other, of the size of its result: summed in float32, rounded once to x's dtype.
+
+    What is added to float32 in NCHW may be in channels_last; in any other layout than x's it is copied first.
+    """
+    layout = other_layout = layout_of(x)
+    if x.dtype == torch.float32 and layout == torch.contiguous_format:
+        other_layout = layout_of(other)
+    x, other, f = x.contiguous(memory_format=layout), other.contiguous(memory_format=other_layout), f.contiguous()
     y = torch.empty(other.shape, dtype=x.dtype, device=x.device, memory_format=layout)
     op = _call(x, y, layout, f, up, down, padding, flip_filter, gain)
-    numbers = DTYPES[x.dtype], DTYPES[other.dtype]
-    _C.upfirdn2d_add(op, numbers[0], pointer(x), pointer(f), numbers[1], pointer(other), pointer(y), stream(x))
+    _C.upfirdn2d_add(
+        op,
+        DTYPES[x.dtype],
+        pointer(x),
+        pointer(f),
+        DTYPES[other.dtype],
+        pointer(other),
+        other_layout == torch.channels_last,
+        pointer(y),
+        stream(x),
+    )
     return y
 
 

@@ -154,10 +154,13 @@ class SynthesisBlock(nn.Module):
         return self.conv1.drawn(x, given["conv1"], self.torgb, given["torgb"])
 
     def image(self, rgb: Tensor, img: Tensor | None) -> Tensor:
-        """The image so far, float32 at least: of what `forward` drew and of the image up to the block before."""
+        """The image so far, float32 at least: of what `forward` drew and of the image up to the block before.
+
+        It is contiguous from the first, which is small, on: the last would be a pass more.
+        """
         if img is None:
-            return rgb.to(at_least_float32(rgb.dtype))
-        return upsample2d_add(img, self.resample_filter.float(), rgb)  # in img's float32
+            return rgb.to(at_least_float32(rgb.dtype), memory_format=torch.contiguous_format)
+        return upsample2d_add(img, self.resample_filter.float(), rgb)  # in img's float32 and layout
 
 
 class SynthesisNetwork(nn.Module):
@@ -340,7 +343,7 @@ class SynthesisNetwork(nn.Module):
             reads = [rgb] if img is None else [rgb, img]
             img = aside(x.device, "image", partial(block.image, rgb, img), reads)
         joined(x.device, "image")
-        image: Tensor = img.contiguous()
+        image: Tensor = img
         return image
 
 

@@ -23,8 +23,10 @@ from clone_fast.reference import laplacian_pyramid as spec
 __all__ = ["laplacian_pyramid", "laplacian_pyramid_loss"]
 
 
-def _reference(x: Tensor, y: Tensor, levels: int, weights: Sequence[float], charbonnier: float | None) -> Tensor:
-    return spec.laplacian_pyramid_loss(x, y, levels=levels, weights=weights, charbonnier=charbonnier)
+def _reference(
+    x: Tensor, y: Tensor, levels: int, weights: Sequence[float], charbonnier: float | None, mse: float
+) -> Tensor:
+    return spec.laplacian_pyramid_loss(x, y, levels=levels, weights=weights, charbonnier=charbonnier, mse=mse)
 
 
 def _coarse_size(x: Tensor, levels: int) -> list[int]:
@@ -43,12 +45,13 @@ def _run(backend: str, x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor
         kept: tuple[Tensor, Tensor, Tensor] = launch_step("laplacian_pyramid", "keep", backend, x, y, *options)
         return kept
     run = _reference if backend == "reference" else partial(launch_step, "laplacian_pyramid", "", backend)
-    slope, coarse = x.new_empty([0], dtype=_slope_dtype(x, options[-1])), x.new_empty([0], dtype=torch.float32)
+    _, _, charbonnier, _ = options
+    slope, coarse = x.new_empty([0], dtype=_slope_dtype(x, charbonnier)), x.new_empty([0], dtype=torch.float32)
     return run(x, y, *options), slope, coarse
 
 
 def _fake(
-    x: Tensor, y: Tensor, levels: int, weights: list[float], charbonnier: float | None, keep: bool
+    x: Tensor, y: Tensor, levels: int, weights: list[float], charbonnier: float | None, mse: float, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
     return (
@@ -65,17 +68,19 @@ def _run_backward(backend: str, *args: Any) -> Tensor:
 
 def _gradients(recorded: Recorded, grads: list[Tensor], wanted: list[int]) -> list[Tensor | None]:
     """To x, and with the other sign to y. Differentiable again by PyTorch's own autograd, where that is asked for."""
-    x, y, levels, weights, charbonnier, keep = recorded.args
+    *args, keep = recorded.args
     if torch.is_grad_enabled() or not keep:
-        return composite_gradients(_reference, (x, y, levels, weights, charbonnier), wanted, grads[0])
+        return composite_gradients(_reference, args, wanted, grads[0])
+    x, y, _, weights, _, mse = args
     _, slope, coarse = recorded.results
-    dx = _backward_op(grads[0], slope, coarse, weights[0], x, recorded.backend)
+    dx = _backward_op(grads[0], slope, coarse, weights[0], x, y, mse, recorded.backend)
     return [dx if i == 0 else -dx for i in wanted]
 
 
 _op = register(
     "laplacian_pyramid",
-    "(Tensor x, Tensor y, int levels, float[] weights, float? charbonnier, bool keep) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor y, int levels, float[] weights, float? charbonnier, float mse, bool keep)"
+    " -> (Tensor, Tensor, Tensor)",
     run=_run,
     fake=_fake,
     gradients=_gradients,
@@ -84,9 +89,9 @@ _op = register(
 )
 _backward_op = register(
     "laplacian_pyramid_backward",
-    "(Tensor dloss, Tensor slope, Tensor coarse, float weight, Tensor x) -> Tensor",
+    "(Tensor dloss, Tensor slope, Tensor coarse, float weight, Tensor x, Tensor y, float mse) -> Tensor",
     run=_run_backward,
-    fake=lambda dloss, slope, coarse, weight, x: empty_result(x, x.shape),
+    fake=lambda dloss, slope, coarse, weight, x, y, mse: empty_result(x, x.shape),
 )
 _exact = without_autocast(_reference)
 
@@ -131,20 +136,23 @@ def laplacian_pyramid_loss(
     levels: int = 6,
     weights: Sequence[float] | None = None,
     charbonnier: float | None = None,
+    mse: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
     """Weighted sum over the levels of the mean absolute difference of two images' Laplacian pyramids.
 
-    loss = sum_j weights[j] * mean |L_j(x) - L_j(y)|. With the default weights of 1 this is the "Lap1" loss
-    sum_j 2^(2j) |L_j(x) - L_j(y)|_1 of Bojanowski et al. 2018 divided by the number of elements of x, since level j
-    has 4^-j of them (where the sizes halve exactly). With `charbonnier` the absolute value |d| becomes
-    sqrt(d^2 + charbonnier^2), smooth at 0 (Charbonnier et al. 1994; Lai et al. 2017, LapSRN).
+    loss = sum_j weights[j] * mean |L_j(x) - L_j(y)| + mse * mean (x - y)^2. With the default weights of 1, and no mean
+    square error, this is the "Lap1" loss sum_j 2^(2j) |L_j(x) - L_j(y)|_1 of Bojanowski et al. 2018 divided by the
+    number of elements of x, since level j has 4^-j of them (where the sizes halve exactly). With `charbonnier` the
+    absolute value |d| becomes sqrt(d^2 + charbonnier^2), smooth at 0 (Charbonnier et al. 1994; Lai et al. 2017,
+    LapSRN).
 
     Args:
         x, y: images [N, C, H, W] of one shape, dtype and device.
         levels: of the pyramid, the low-pass residual included.
         weights: `levels` factors >= 0; None for 1 each.
         charbonnier: None for the absolute value, or a number > 0 in units of the images.
+        mse: factor >= 0 of the images' mean square error; what it needs is read for the pyramid anyway.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
@@ -162,7 +170,9 @@ def laplacian_pyramid_loss(
         raise ValueError(f"laplacian_pyramid: weights must be {levels} numbers >= 0, got {weights!r}")
     if charbonnier is not None and not (isinstance(charbonnier, (int, float)) and charbonnier > 0):
         raise ValueError(f"laplacian_pyramid: charbonnier must be None or a number > 0, got {charbonnier!r}")
-    args = (y, levels, [float(w) for w in factors], None if charbonnier is None else float(charbonnier))
+    if not _is_weight(mse):
+        raise ValueError(f"laplacian_pyramid: mse must be a number >= 0, got {mse!r}")
+    args = (y, levels, [float(w) for w in factors], None if charbonnier is None else float(charbonnier), float(mse))
     chosen = resolve("laplacian_pyramid", backend, x, *args)
     loss: Tensor
     if chosen == "reference":

@@ -61,13 +61,17 @@ def laplacian_pyramid_loss(
     levels: int = 6,
     weights: Sequence[float] | None = None,
     charbonnier: float | None = None,
+    mse: float = 0.0,
 ) -> Tensor:
     """See `clone_fast.ops.laplacian_pyramid.laplacian_pyramid_loss`.
 
     The pyramid is linear, so the bands of the difference are the differences of the bands, at half the cost.
     """
     compute = torch.promote_types(x.dtype, torch.float32)
-    bands = laplacian_pyramid(x.to(compute) - y.to(compute), levels=levels)
+    difference = x.to(compute) - y.to(compute)
+    bands = laplacian_pyramid(difference, levels=levels)
     factors = [1.0] * levels if weights is None else weights
     terms = [distance(band, charbonnier).mean() * factor for band, factor in zip(bands, factors, strict=True)]
+    if mse:
+        terms.append(difference.square().mean() * mse)
     return torch.stack(terms).sum()
