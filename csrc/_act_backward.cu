@@ -18,45 +18,61 @@ constexpr int kFewest = 4;                  // steps of a thread at least: a blo
 template <typename T, int kFew>
 constexpr int kAhead = kFew > 0 && sizeof(T) == 2 ? 2 : 4;
 
-// to[c] = the sum over the rows of a block of what each thread holds for its channels; `spare` has room for all.
-template <typename T>
-__device__ __forceinline__ void add_rows(const float (&sum)[kLanes<T>], float* spare, int row, int rows, int column,
-                                         int width, float* to) {
-    __syncthreads();
+// Sums over the rows of a block, of several kinds at once: to[kind][c], each what the threads of a column hold together.
+template <typename T, int kKinds>
+__device__ __forceinline__ void add_rows(const float (&sums)[kKinds][kLanes<T>], float* const (&to)[kKinds], int row,
+                                         int rows, int column, int width) {
+    __shared__ float spare[kKinds][kThreads * kLanes<T>];
     if (row < rows) {
 #pragma unroll
-        for (int i = 0; i < kLanes<T>; ++i) spare[row * width + column * kLanes<T> + i] = sum[i];
+        for (int k = 0; k < kKinds; ++k) {
+#pragma unroll
+            for (int i = 0; i < kLanes<T>; ++i) spare[k][row * width + column * kLanes<T> + i] = sums[k][i];
+        }
     }
     __syncthreads();
-    // [rows][width] -> [parts][width] -> [width]
-    const int parts = width < kThreads ? kThreads / width : 1, part = width < kThreads ? threadIdx.x / width : 0;
-    const int first = width < kThreads ? threadIdx.x - part * width : threadIdx.x;
-    float total = 0.0f;
-    for (int c = first; c < width && part < parts; c += kThreads) {
-        total = 0.0f;
-        for (int r = part; r < rows; r += parts) total += spare[r * width + c];
-        if (parts == 1) to[c] = total;
+#pragma unroll
+    for (int k = 0; k < kKinds; ++k) {  // neighbouring kinds go to other threads
+        for (int c = (threadIdx.x + k * width) % kThreads; c < width; c += kThreads) {
+            if (to[k] == nullptr) continue;
+            float total = 0.0f;
+#pragma unroll 8
+            for (int r = 0; r < rows; ++r) total += spare[k][r * width + c];
+            to[k][c] = total;
+        }
     }
-    if (parts == 1) return;
+}
+
+// The sums over a block of several numbers of each thread, by its first threads.
+template <int kKinds>
+__device__ __forceinline__ void add_all(const float (&sums)[kKinds], float* const (&to)[kKinds]) {
+    __shared__ float spare[kKinds][kThreads / 32];
+#pragma unroll
+    for (int k = 0; k < kKinds; ++k) {
+        const float sum = warp_sum(sums[k]);
+        if (threadIdx.x % 32 == 0) spare[k][threadIdx.x / 32] = sum;
+    }
     __syncthreads();
-    if (part < parts) spare[part * width + first] = total;
-    __syncthreads();
-    if (part != 0) return;
-    for (int p = 1; p < parts; ++p) total += spare[p * width + first];
-    to[first] = total;
+#pragma unroll
+    for (int k = 0; k < kKinds; ++k) {
+        if (threadIdx.x != k || to[k] == nullptr) continue;
+        float total = 0.0f;
+        for (const float sum : spare[k]) total += sum;
+        *to[k] = total;
+    }
 }
 
 template <typename T, int kFew, bool kHasDy, bool kDots>
 __global__ void __launch_bounds__(kThreads, kBlocks) act_backward_kernel(const __grid_constant__ ActBackward op) {
     constexpr int kWide = kLanes<T>, kSteps = kAhead<T, kFew>;
-    __shared__ float spare[kThreads * kWide];
     const int vectors = op.channels / kWide, rows = kThreads / vectors;
     const int row = threadIdx.x / vectors, column = threadIdx.x - row * vectors;
     const int n = blockIdx.x / op.shares, share = blockIdx.x - n * op.shares;
     let_next_come();
     wait_for_previous();
 
-    float w[kFew > 0 ? kFew : 1][kWide], to_w[kFew > 0 ? kFew : 1][kWide] = {}, to_image[kFew > 0 ? kFew : 1] = {};
+    // what the pixels add up to: for the bias, the image's weights, the dots; for the strength, the image's bias
+    float wide[1 + kFew + kDots][kWide] = {}, single[1 + kFew] = {}, w[kFew > 0 ? kFew : 1][kWide];
     if constexpr (kFew > 0) {
         const T* from = static_cast<const T*>(op.w) + n * op.w_n + column * kWide * op.w_c;
 #pragma unroll
@@ -65,13 +81,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) act_backward_kernel(const _
             for (int i = 0; i < kWide; ++i) w[f][i] = row < rows ? to_float(from[f * op.w_f + i * op.w_c]) : 0.0f;
         }
     }
-    float to_bias[kWide] = {}, to_dots[kWide] = {}, to_strength = 0.0f;
     const float strength = kDots && op.strength != nullptr ? to_float(*static_cast<const T*>(op.strength)) : 1.0f;
 
     const std::int64_t sample = static_cast<std::int64_t>(n) * op.pixels;
     const std::int64_t first = sample * op.channels + column * kWide;
     const T *dy = static_cast<const T*>(op.dy) + first, *y = static_cast<const T*>(op.y) + first;
-    const T* image = static_cast<const T*>(op.dimage) + sample * kFew;
+    const T* dimage = static_cast<const T*>(op.dimage) + sample * kFew;
+    const T* drawn = op.image == nullptr ? nullptr : static_cast<const T*>(op.image) + sample * kFew;
     const T* noise = op.noise == nullptr ? nullptr : static_cast<const T*>(op.noise) + n * op.noise_stride;
     T* g = static_cast<T*>(op.g) + first;
     const int stride = op.shares * rows, begin = row < rows ? share * rows + row : op.pixels;
@@ -90,7 +106,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks) act_backward_kernel(const _
             }
 #pragma unroll
             for (int f = 0; f < kFew; ++f) {
-                colours[s][f] = inside ? to_float(image[at * op.image_pixel + f * op.image_channel]) : 0.0f;
+                colours[s][f] = inside ? to_float(dimage[at * op.image_pixel + f * op.image_channel]) : 0.0f;
+                if (drawn != nullptr && inside) {
+                    const float colour = to_float(drawn[at * op.drawn_pixel + f * op.drawn_channel]);
+                    colours[s][f] = fabsf(colour) < op.image_clamp ? colours[s][f] : 0.0f;
+                }
             }
             if (noise != nullptr && inside) level[s] = to_float(noise[at]);
         }
@@ -104,59 +124,50 @@ __global__ void __launch_bounds__(kThreads, kBlocks) act_backward_kernel(const _
 #pragma unroll
                 for (int f = 0; f < kFew; ++f) {
                     value[i] = fmaf(colours[s][f], w[f][i], value[i]);
-                    to_w[f][i] = fmaf(colours[s][f], z[i], to_w[f][i]);
+                    wide[1 + f][i] = fmaf(colours[s][f], z[i], wide[1 + f][i]);
                 }
                 const bool open = fabsf(z[i]) < op.clamp;
                 const float whole = value[i];
                 value[i] *= z[i] > 0.0f ? op.positive : op.negative;
                 value[i] = open ? value[i] : 0.0f;
-                to_bias[i] += value[i];
+                wide[0][i] += value[i];
                 if constexpr (kDots) {
-                    to_dots[i] = fmaf(open ? whole : 0.0f, z[i], to_dots[i]);
-                    to_dots[i] = fmaf(-value[i], level[s] * strength, to_dots[i]);
+                    float& dot = wide[1 + kFew][i];
+                    dot = fmaf(open ? whole : 0.0f, z[i], dot);
+                    dot = fmaf(-value[i], level[s] * strength, dot);
                 }
                 of_pixel += value[i];
             }
-            to_strength = fmaf(of_pixel, level[s], to_strength);
+            single[0] = fmaf(of_pixel, level[s], single[0]);
 #pragma unroll
-            for (int f = 0; f < kFew; ++f) to_image[f] += colours[s][f];
+            for (int f = 0; f < kFew; ++f) single[1 + f] += colours[s][f];
             const int at = p + s * stride;
             if (at < op.pixels) store16(g + static_cast<std::int64_t>(at) * op.channels, pack<T>(value));
         }
     }
 
     const std::size_t place = blockIdx.x;
-    const auto write = [&](const float (&sum)[kWide], float* to) {
-        add_rows<T>(sum, spare, row, rows, column, op.channels, to);
-    };
-    if (op.bias_sums != nullptr) write(to_bias, op.bias_sums + place * op.channels);
+    float *wide_to[1 + kFew + kDots] = {}, *single_to[1 + kFew] = {};
+    if (op.bias_sums != nullptr) wide_to[0] = op.bias_sums + place * op.channels;
+    if (op.strength_sums != nullptr) single_to[0] = op.strength_sums + place;
+#pragma unroll
+    for (int f = 0; f < kFew; ++f) {
+        if (op.w_sums != nullptr) wide_to[1 + f] = op.w_sums + (place * kFew + f) * op.channels;
+        if (op.dimage_sums != nullptr) single_to[1 + f] = op.dimage_sums + place * kFew + f;
+        if (column != 0) single[1 + f] = 0.0f;  // one of those that have seen a pixel
+    }
     if constexpr (kDots) {
+        wide_to[1 + kFew] = op.dots + place * op.channels;
         if (op.bias != nullptr && row < rows) {  // what is left of the sum: the same factor in every pixel
             const T* bias = static_cast<const T*>(op.bias) + column * kWide;
 #pragma unroll
-            for (int i = 0; i < kWide; ++i) to_dots[i] = fmaf(-to_float(bias[i]), to_bias[i], to_dots[i]);
-        }
-        write(to_dots, op.dots + place * op.channels);
-    }
-    if constexpr (kFew > 0) {
-        if (op.w_sums != nullptr) {
-#pragma unroll
-            for (int f = 0; f < kFew; ++f) write(to_w[f], op.w_sums + (place * kFew + f) * op.channels);
-        }
-        if (op.dimage_sums != nullptr) {
-#pragma unroll
-            for (int f = 0; f < kFew; ++f) {
-                __syncthreads();
-                const float sum = block_sum<kThreads>(column == 0 ? to_image[f] : 0.0f);
-                if (threadIdx.x == 0) op.dimage_sums[place * kFew + f] = sum;
+            for (int i = 0; i < kWide; ++i) {
+                wide[1 + kFew][i] = fmaf(-to_float(bias[i]), wide[0][i], wide[1 + kFew][i]);
             }
         }
     }
-    if (op.strength_sums != nullptr) {
-        __syncthreads();
-        const float sum = block_sum<kThreads>(to_strength);
-        if (threadIdx.x == 0) op.strength_sums[place] = sum;
-    }
+    add_rows<T>(wide, wide_to, row, rows, column, op.channels);
+    add_all(single, single_to);
 }
 
 template <typename T, int kFew, bool kHasDy>

@@ -26,6 +26,9 @@ struct ActBackward {
     const void* bias;         // [channels], for the dots; null: zeros
     const void* dimage;       // pixel p, channel f of sample n at n * few * pixels + p * image_pixel + f * image_channel
     int image_pixel, image_channel;
+    const void* image;        // what was drawn: where |image| is not below image_clamp, dimage is 0; null: no clamp
+    int drawn_pixel, drawn_channel;  // its strides, as of dimage
+    float image_clamp;
     const void* w;            // channel f, c of sample n at n * w_n + f * w_f + c * w_c
     std::int64_t w_n, w_f, w_c;
     float positive, negative;  // the slope where y > 0, and elsewhere

@@ -165,19 +165,21 @@ PYBIND11_MODULE(_C, module) {
     py::class_<ActBackward>(module, "ActBackward")
         .def(py::init([](int dtype, int n, int channels, int pixels, int shares, int few, Address dy, Address y,
                          Address g, Address noise, std::int64_t noise_stride, Address strength, Address bias,
-                         Address dimage, const std::array<int, 2>& image_strides, Address w,
+                         Address dimage, const std::array<int, 2>& image_strides, Address image,
+                         const std::array<int, 2>& drawn_strides, float image_clamp, Address w,
                          const std::array<std::int64_t, 3>& w_strides, float positive, float negative, float clamp,
                          Address bias_sums, Address strength_sums, Address dots, Address w_sums, Address dimage_sums) {
                  return ActBackward{Dtype{dtype}, n, channels, pixels, shares, few, pointer(dy), pointer(y), pointer(g),
                                     pointer(noise), noise_stride, pointer(strength), pointer(bias), pointer(dimage),
-                                    image_strides[0], image_strides[1], pointer(w), w_strides[0], w_strides[1],
+                                    image_strides[0], image_strides[1], pointer(image), drawn_strides[0],
+                                    drawn_strides[1], image_clamp, pointer(w), w_strides[0], w_strides[1],
                                     w_strides[2], positive, negative, clamp, pointer<float>(bias_sums),
                                     pointer<float>(strength_sums), pointer<float>(dots), pointer<float>(w_sums),
                                     pointer<float>(dimage_sums)};
              }),
              py::kw_only(), "dtype"_a, "n"_a, "channels"_a, "pixels"_a, "shares"_a, "few"_a, "dy"_a, "y"_a, "g"_a,
-             "noise"_a, "noise_stride"_a, "strength"_a, "bias"_a, "dimage"_a, "image_strides"_a, "w"_a, "w_strides"_a,
-             "positive"_a, "negative"_a, "clamp"_a, "bias_sums"_a, "strength_sums"_a, "dots"_a, "w_sums"_a,
+             "noise"_a, "noise_stride"_a, "strength"_a, "bias"_a, "dimage"_a, "image_strides"_a, "image"_a,
+             "drawn_strides"_a, "image_clamp"_a, "w"_a, "w_strides"_a, "positive"_a, "negative"_a, "clamp"_a, "bias_sums"_a, "strength_sums"_a, "dots"_a, "w_sums"_a,
              "dimage_sums"_a);
     module.def(
         "act_backward", [](const ActBackward& op, Address stream) { act_backward(op, stream_of(stream)); }, unlocked);

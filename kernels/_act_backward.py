@@ -107,12 +107,20 @@ class Drawn(NamedTuple):
 
     dimage: Tensor
     weight: Tensor
+    image: Tensor | None
+    clamp: float | None
     want_weight: bool
     want_bias: bool
 
 
 def supports_drawn_act_backward(
-    dy: Tensor | None, dimage: Tensor, y: Tensor, image_weight: Tensor, *rest: object
+    dy: Tensor | None,
+    dimage: Tensor,
+    y: Tensor,
+    image_weight: Tensor,
+    image: Tensor | None,
+    image_clamp: float | None,
+    *rest: object,
 ) -> str | None:
     """None where `launch_drawn_act_backward` can run, else the reason why not."""
     few, channels, k = image_weight.shape[-4:-1]
@@ -127,6 +135,8 @@ def launch_drawn_act_backward(
     dimage: Tensor,
     y: Tensor,
     image_weight: Tensor,
+    image: Tensor | None,
+    image_clamp: float | None,
     noise: Tensor | None,
     noise_strength: Tensor | None,
     act: str,
@@ -146,13 +156,14 @@ def launch_drawn_act_backward(
         dy: [N, C, H, W], None for zeros: without what comes through the image.
         dimage: [N, F, H, W], the gradient of the image, in any layout and floating dtype; F is at most FEW.
         image_weight: [F, C, 1, 1], or [N, F, C, 1, 1], every sample's own, in any memory order.
+        image, image_clamp: where |image| [N, F, H, W] is not below the clamp, dimage counts as 0; None for no clamp.
 
     Returns:
         What `launch_act_backward` does, g in y's dtype where there is no dy, and the programs' sums in float32 to
         image_weight [any, F C], which `launch_pointwise_sums` adds, and to a bias of the image [any, F], which
         `launch_act_sums` does; None where not wanted.
     """
-    drawn = Drawn(dimage, image_weight, want_image_weight, want_image_bias)
+    drawn = Drawn(dimage, image_weight, image, image_clamp, want_image_weight, want_image_bias)
     wanted = (want_noise, want_strength, want_bias, want_dots)
     return _launch(dy, y, noise, noise_strength, bias, act, gain, clamp, *wanted, drawn)
 
@@ -213,9 +224,11 @@ def _launch(
         noise_sums = noise.new_empty(noise.shape) if direct else sums(blocks * n * pixels)
     dots = sums(n, shares // n, channels) if want_dots else None
     exact = None if clamp is None else rounded(clamp, y.dtype)
-    few, w, dimage, w_sums, dimage_sums = 0, None, None, None, None
+    few, w, dimage, image, limit, w_sums, dimage_sums = 0, None, None, None, 0.0, None, None
     if drawn is not None:
         few, w = drawn.weight.shape[-4], drawn.weight
+        if drawn.image is not None and drawn.clamp is not None:
+            image, limit = drawn.image.contiguous(memory_format=layout_of(drawn.image)), rounded(drawn.clamp, y.dtype)
         dimage = drawn.dimage.contiguous(memory_format=layout_of(drawn.dimage))
         w_sums = sums(shares, few * channels) if drawn.want_weight else None
         dimage_sums = sums(shares, few) if drawn.want_bias else None
@@ -231,6 +244,7 @@ def _launch(
         strength_sums,
         dots,
         dimage,
+        image,
         w,
         w_sums,
         dimage_sums,
@@ -244,6 +258,7 @@ def _launch(
         0 if w is None else w.stride(-4),
         gain,
         exact or 0.0,
+        limit,
         SLOPE=SLOPES[act],
         CLAMP=clamp is not None,
         GRADIENT=changes,
@@ -259,6 +274,8 @@ def _launch(
         HAS_DY=dy is not None,
         FEW=few,
         FEW_LAST=dimage is not None and layout_of(dimage) is torch.channels_last,
+        DRAWN_LAST=image is not None and layout_of(image) is torch.channels_last,
+        LIMITED=image is not None,
         WANT_W=w_sums is not None,
         WANT_DIMAGE=dimage_sums is not None,
         BC=bc,

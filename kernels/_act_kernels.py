@@ -82,6 +82,7 @@ def _act_backward_kernel(
     strength_sums,
     dots,
     dimage,
+    image,
     w,
     w_sums,
     dimage_sums,
@@ -95,6 +96,7 @@ def _act_backward_kernel(
     w_few,
     gain,
     clamp,
+    limit,
     SLOPE: tl.constexpr,
     CLAMP: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -110,6 +112,8 @@ def _act_backward_kernel(
     HAS_DY: tl.constexpr,
     FEW: tl.constexpr,
     FEW_LAST: tl.constexpr,
+    DRAWN_LAST: tl.constexpr,
+    LIMITED: tl.constexpr,
     WANT_W: tl.constexpr,
     WANT_DIMAGE: tl.constexpr,
     BC: tl.constexpr,
@@ -120,7 +124,7 @@ def _act_backward_kernel(
 
     pixels: of one sample. noise_samples: 1 where all samples share the noise. DIRECT: the sums over the channels are
     the gradient of the noise itself, but for the factor of the strength (SCALED). FEW: channels of the image that is
-    drawn of y, with the weights w; 0 for none. WANT_DOTS, or FEW: a share is of one sample.
+    drawn of y, with the weights w, and LIMITED by a clamp; 0 for none. WANT_DOTS, or FEW: a share is of one sample.
     """
     share = tl.program_id(0)
     first, end, step = share, tiles, tl.num_programs(0)
@@ -137,6 +141,8 @@ def _act_backward_kernel(
     if FEW > 0:
         sample = share // step
         dimage += tl.cast(sample, tl.int64) * pixels * FEW
+        if LIMITED:
+            image += tl.cast(sample, tl.int64) * pixels * FEW
         weights = few_weights(w + sample * w_n, c, channels, w_wide, w_few, FEW)
         if WANT_W:
             of_w = few_zeros(FEW, BP, BC)
@@ -161,10 +167,14 @@ def _act_backward_kernel(
             seen = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         if FEW > 0:
             grads = few_columns(dimage, start, row, pixels, FEW, FEW_LAST)
+            if LIMITED:
+                colours = few_columns(image, start, row, pixels, FEW, DRAWN_LAST)
             to_w = ()
             to_dimage = ()
             for i in tl.static_range(FEW):
                 grad = grads[i].to(tl.float32)
+                if LIMITED:
+                    grad = tl.where(tl.abs(colours[i].to(tl.float32)) < limit, grad, 0.0)
                 value += grad * weights[i]
                 if WANT_W:
                     to_w += (of_w[i] + grad * seen,)  # type: ignore[assignment]

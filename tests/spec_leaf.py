@@ -212,9 +212,12 @@ def drawn(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def drawn_act_backward(
-    dy: Tensor | None, dimage: Tensor, y: Tensor, image_weight: Tensor, *args: Any
-) -> tuple[Tensor | None, ...]:
+    dy: Tensor | None, dimage: Tensor, y: Tensor, image_weight: Tensor, image: Tensor | None,
+    image_clamp: float | None, *args: Any,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """With one program for each sample."""
+    if image is not None and image_clamp is not None:
+        dimage = torch.where(image.abs() < torch.tensor(image_clamp, dtype=image.dtype, device=image.device), dimage, 0)
     *activation, want_weight, want_bias = args
     w = (image_weight if image_weight.ndim == 5 else image_weight.expand(len(y), *image_weight.shape)).flatten(2)
     through = torch.einsum("nfc,nfhw->nchw", w, dimage)

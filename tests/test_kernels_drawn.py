@@ -54,23 +54,28 @@ def check(
     dy = as_layout(torch.randn(y.shape).to(dtype), of_y).to(device) if with_dy else None
     dimage = as_layout(torch.randn(n, few, height, width).to(dtype), of_image).to(device)
     weight = torch.randn(*([n] if own else []), few, channels, 1, 1).to(device, dtype)
+    image_clamp = clamp and 0.7
+    limit = image_clamp and float(torch.tensor(image_clamp, dtype=dtype))
+    drawn = torch.randn(n, few, height, width).to(dtype)
+    drawn = as_layout(drawn if limit is None else drawn.clamp(-limit, limit), of_y).to(device)
     noise, strength = torch.randn(height, width).to(device, dtype), torch.tensor(0.3).to(device, dtype)
     bias, y = torch.randn(channels).to(device, dtype), as_layout(y, of_y).to(device)
     want_noise, want_strength, want_bias, want_dots, want_weight = flags
-    args = (dy, dimage, y, weight, noise, strength, act, gain, clamp, want_noise, want_strength, want_bias)
+    wants = (want_noise, want_strength, want_bias)
+    args = (dy, dimage, y, weight, drawn, image_clamp, noise, strength, act, gain, clamp, *wants)
     rest = (bias, want_dots, want_weight, want_bias)
     if image:
         assert functions.supports_drawn_act_backward(*args, *rest) is None
     else:
-        assert functions.supports_act_backward(dy, y, *args[4:], *rest[:2]) is None
+        assert functions.supports_act_backward(dy, y, *args[6:], *rest[:2]) is None
 
     def summed(functions: Any, *args: Any) -> list[Tensor | None]:
         if image:
             g, *parts, dots, of_weight, of_bias = functions.launch_drawn_act_backward(*args, *rest[1:])
         else:
-            g, *parts, dots = functions.launch_act_backward(args[0], args[2], *args[4:], want_dots)
+            g, *parts, dots = functions.launch_act_backward(args[0], args[2], *args[6:], want_dots)
             of_weight = of_bias = None
-        sums = functions.launch_act_sums(*parts, args[4], args[5], y.dtype if functions is not spec else torch.float64)
+        sums = functions.launch_act_sums(*parts, args[6], args[7], y.dtype if functions is not spec else torch.float64)
         to_weight = None if of_weight is None else functions.launch_pointwise_sums(of_weight, args[3])
         exact = torch.float64 if functions is spec else y.dtype
         to_bias = None if of_bias is None else functions.launch_act_sums(None, None, of_bias, None, None, exact)[2]
@@ -79,20 +84,22 @@ def check(
     spec = spec_leaf.steps("modulated_conv2d")
     found = summed(functions, *args, bias)
     doubles = [value.double() if isinstance(value, Tensor) else value for value in (*args, bias)]
+    doubles[5] = limit
     want = summed(spec, *doubles)
     sizes = [value.abs() if isinstance(value, Tensor) and i != 2 else value for i, value in enumerate(doubles)]
     terms = summed(spec, *sizes)
+    seen_image = sizes[1] if limit is None else torch.where(sizes[4] < limit, sizes[1], 0)
     # of dy y - g (noise * strength + bias), and of the image's weights, whatever the signs of y
     g, seen = terms[0], doubles[2].abs()
     if terms[4] is not None:
-        shift = sizes[4] * sizes[5] + sizes[-1][:, None, None]
+        shift = sizes[6] * sizes[7] + sizes[-1][:, None, None]
         full = 0 if dy is None else sizes[0]
         if image:
             wide = sizes[3].flatten(2 if own else 1).expand(n, few, channels)
-            full = full + torch.einsum("nfc,nfhw->nchw", wide, sizes[1])
+            full = full + torch.einsum("nfc,nfhw->nchw", wide, seen_image)
         terms[4] = (full * seen + g * shift).sum([2, 3])
     if terms[5] is not None:
-        each = torch.einsum("nfhw,nchw->nfc", sizes[1], seen)
+        each = torch.einsum("nfhw,nchw->nfc", seen_image, seen)
         terms[5] = (each if own else each.sum(0)).view(weight.shape)
     pixels = n * height * width
     counts = (few + 1, channels * n, channels * pixels, pixels, pixels, pixels, pixels)
@@ -185,7 +192,7 @@ def test_reasons(device: str) -> None:
     def why(shape: tuple[int, ...], *rest: Any, dtype: torch.dtype = torch.float32) -> Any:
         act, gain = rest or ("lrelu", 1.0)
         weight = torch.ones(shape, device=device, dtype=dtype)
-        return supports(None, image, y, weight, None, None, act, gain, None, True, True, True)
+        return supports(None, image, y, weight, image, 0.5, None, None, act, gain, None, True, True, True)
 
     assert why((3, 8, 1, 1)) is None
     assert why((1, 3, 8, 1, 1)) is None
@@ -205,7 +212,7 @@ def every_launch() -> None:
         image, weight = meta(n, 3, size, size, dtype=dtype), meta(n, 3, channels, 1, 1, dtype=dtype)
         for dy, want_dots in itertools.product([y, None], [False, True]):
             rest = ("lrelu", 2**0.5, None, False, True, True, meta(channels), want_dots, True, True)
-            module.launch_drawn_act_backward(dy, image, y, weight, meta(size, size), meta(), *rest)
+            module.launch_drawn_act_backward(dy, image, y, weight, image, 256.0, meta(size, size), meta(), *rest)
 
 
 def test_compiles_for_sm_90() -> None:

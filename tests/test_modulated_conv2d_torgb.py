@@ -149,7 +149,7 @@ def test_images_of_as_many_channels_are_drawn_apart(channels: int, done: list[st
     args = tensors(channels=channels)
     image, y = torch.randn(2, 3, 4, 4), torch.randn(2, channels, 4, 4)
     reason = real.supports_drawn_act_backward(
-        None, image, y, args["rgb_weight"].float(), None, None, "lrelu", 1.0, None, True, True, True
+        None, image, y, args["rgb_weight"].float(), None, None, None, None, "lrelu", 1.0, None, True, True, True
     )
     assert "3 of" in reason
 

@@ -79,13 +79,20 @@ def launch_act_backward(
 
 
 def supports_drawn_act_backward(
-    dy: Tensor | None, dimage: Tensor, y: Tensor, image_weight: Tensor, *rest: Any
+    dy: Tensor | None,
+    dimage: Tensor,
+    y: Tensor,
+    image_weight: Tensor,
+    image: Tensor | None,
+    image_clamp: float | None,
+    *rest: Any,
 ) -> str | None:
     """None where `launch_drawn_act_backward` can run, else the reason why not."""
     few, channels, k = image_weight.shape[-4:-1]
     if (few, k) != (FEW, 1) or few >= channels:
         return f"an image of {FEW} channels by a 1x1 kernel from more, got {few} of {channels} by {k}x{k}"
-    if dimage.dtype != y.dtype or image_weight.dtype != y.dtype:
+    given = (dimage, image_weight, image)
+    if any(value is not None and value.dtype != y.dtype for value in given):
         return f"all must have one dtype, {str(y.dtype).removeprefix('torch.')}"
     noise, noise_strength, act, gain, clamp, *wanted = rest
     activation = (noise, noise_strength, act, gain, clamp, *wanted[:5])
@@ -98,6 +105,8 @@ def launch_drawn_act_backward(
     dimage: Tensor,
     y: Tensor,
     image_weight: Tensor,
+    image: Tensor | None,
+    image_clamp: float | None,
     noise: Tensor | None,
     noise_strength: Tensor | None,
     act: str,
@@ -113,7 +122,17 @@ def launch_drawn_act_backward(
 ) -> tuple[Tensor, None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """`launch_act_backward`, and the sums for image_weight and a bias of the image, as in Triton."""
     activation = (noise, noise_strength, act, gain, clamp, want_strength, want_bias, bias, want_dots)
-    return _launch(dy, y, *activation, dimage, image_weight, want_image_weight, want_image_bias)
+    drawn = None if image_clamp is None else image
+    return _launch(dy, y, *activation, dimage, image_weight, drawn, image_clamp, want_image_weight, want_image_bias)
+
+
+def _dense(image: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
+    """An image in its layout without gaps, and the strides of its pixels and channels."""
+    if image is None:
+        return None, (0, 0)
+    layout, (few, height, width) = layout_of(image), image.shape[1:]
+    strides = (few, 1) if layout is torch.channels_last else (1, height * width)
+    return image.contiguous(memory_format=layout), strides
 
 
 def _launch(
@@ -130,6 +149,8 @@ def _launch(
     want_dots: bool,
     dimage: Tensor | None = None,
     image_weight: Tensor | None = None,
+    image: Tensor | None = None,
+    image_clamp: float | None = None,
     want_image_weight: bool = False,
     want_image_bias: bool = False,
 ) -> tuple[Tensor, None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -145,12 +166,11 @@ def _launch(
     noise, noise_strength, bias = (
         None if value is None else value.contiguous() for value in (noise, noise_strength, bias)
     )
-    few = 0 if image_weight is None else FEW
-    image_strides, w_strides = (0, 0), (0, 0, 0)
-    if dimage is not None and image_weight is not None:
-        layout = layout_of(dimage)
-        dimage = dimage.contiguous(memory_format=layout)
-        image_strides = (few, 1) if layout is torch.channels_last else (1, pixels)
+    few, w_strides = 0, (0, 0, 0)
+    dimage, image_strides = _dense(dimage)
+    image, drawn_strides = _dense(image)
+    if image_weight is not None:
+        few = FEW
         w_n = image_weight.stride(0) if image_weight.ndim == 5 else 0
         w_strides = (w_n, image_weight.stride(-4), image_weight.stride(-3))
     bias_sums = sums(want_bias, n * shares, channels)
@@ -174,6 +194,9 @@ def _launch(
         bias=pointer(bias),
         dimage=pointer(dimage),
         image_strides=image_strides,
+        image=pointer(image),
+        drawn_strides=drawn_strides,
+        image_clamp=inf if image_clamp is None else rounded(image_clamp, y.dtype),
         w=pointer(image_weight),
         w_strides=w_strides,
         positive=gain,

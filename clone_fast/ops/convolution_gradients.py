@@ -201,11 +201,8 @@ def drawn_gradients(
     want_dx, want_dw, *want_sums = wanted[:5]
     want_factors, want_image = s is not None and any(wanted[5:7]), wanted[7:]
 
-    if image_clamp is not None:
-        limits = (image, None, None, "linear", 1.0, image_clamp, False, False, False)
-        dimage = launch_best("modulated_conv2d", "act_backward", dimage, *limits)[0]
     activation = (noise, noise_strength, act, gain, clamp, *want_sums, bias, want_factors and d is not None)
-    args = (dy, dimage, y, image_weight, *activation, *want_image)
+    args = (dy, dimage, y, image_weight, image, image_clamp, *activation, *want_image)
     g, *parts, dots, of_image_weight, of_image_bias = launch_best("modulated_conv2d", "drawn_act_backward", *args)
     # ahead of the convolution, which the lanes that add these up would wait for
     dw_image, _, _, db_image = _pointwise_summed(backend, (of_image_weight, of_image_bias), image_weight, image_bias)

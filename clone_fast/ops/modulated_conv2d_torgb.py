@@ -166,7 +166,7 @@ def modulated_conv2d_torgb(
     fused = fused_activation(act, activation_defaults(act, None, gain)[1], limit)
     last = fused or UNCHANGED
     chosen = resolve("modulated_conv2d", backend, x, weight, noise, noise_strength, bias, *SAME, *last)
-    backward = (None, x, x, rgb_weight, noise, noise_strength, *last, False, False, False)
+    backward = (None, x, x, rgb_weight, x, rgb_clamp, noise, noise_strength, *last, False, False, False)
     if chosen == "reference" or not (fused and runs_step("modulated_conv2d", "drawn_act_backward", *backward)):
         y = modulated_conv2d(
             x, weight, styles, noise=noise, noise_strength=noise_strength, bias=bias, act=act, gain=gain, clamp=clamp,
