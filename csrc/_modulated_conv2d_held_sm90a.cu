@@ -8,7 +8,8 @@
 //
 // A block walks down a strip of the image, 128 pixels wide. Image rows lie in a ring, one to a slot; the three slots
 // around a row serve its nine taps, whose columns are as many pixels further in the slot. The weights come through the
-// same ring, two taps to a slot, at the start and whenever the sample changes.
+// same ring, two taps to a slot, at the start and whenever the sample changes. What is to be drawn of a row is drawn of
+// the finished row in shared memory, while that is on its way to device memory.
 #include "_modulated_conv2d_tile.cuh"
 #include "_tma.cuh"
 
@@ -22,7 +23,8 @@ constexpr int kRowBytes = (kStrip + 2) * kPixel, kSlotBytes = (kRowBytes + 1023)
 constexpr int kSlots = 11, kTapBytes = 64 * kPixel, kWeightSlots = 5;
 constexpr int kOutBytes = kStrip * kPixel;  // the finished row of a group
 constexpr int kOut = kSlots * kSlotBytes, kNoise = kOut + 2 * kOutBytes, kGates = kNoise + 2 * kStrip * 4;
-constexpr int kBytes = kGates + 2 * kSlots * 8;
+constexpr int kDrawing = kGates + 2 * kSlots * 8, kDrawingBytes = kMostDrawn * kPixel;  // of a group
+constexpr int kBytes = kDrawing + 2 * kDrawingBytes;
 constexpr int kGroup = 128, kAllThreads = 3 * kGroup;
 static_assert(2 * kTapBytes <= kSlotBytes && kBytes <= 227 << 10);
 
@@ -163,7 +165,48 @@ __device__ __forceinline__ void hold(Weights& weights, const Slots& ring, int sl
     }
 }
 
+// The weights of a drawing by the threads of a group, zeros for what is missing: [output][pair of 8][chunk of 8].
 template <typename T>
+__device__ __forceinline__ void load_drawing(const Conv3x3& op, int sample, T* to) {
+    const int output = threadIdx.x % kGroup / 32;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int channel = threadIdx.x % 32 * 2 + i;
+        to[output * 64 + channel % 8 / 2 * 16 + channel / 8 * 2 + i] =
+            drawing_weight<T>(op, sample, output, channel);
+    }
+}
+
+// Draws the 32 pixels of a warp, which all four have put together in `row`; x is the first of them.
+template <typename T>
+__device__ __forceinline__ void draw_row(const Conv3x3& op, std::uint32_t row, const T* weights, float bias, int sample,
+                                         int y, int x, int lane) {
+    const T* own = weights + lane / 8 * 64 + lane % 4 * 16;
+    const Bytes16 low = load16(own), high = load16(own + 8);
+    const std::uint32_t right[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    const std::int64_t first = (static_cast<std::int64_t>(sample) * op.height + y) * op.width + x + lane / 4;
+    T* to = static_cast<T*>(op.drawing.rgb) + first * op.drawing.channels + lane % 4;
+    const bool drawn = lane % 4 < op.drawing.channels;
+#pragma unroll
+    for (int begin = 0; begin < 32; begin += 16) {
+        float sums[4] = {};
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            std::uint32_t left[4];
+            load_matrices(left, row + (begin + lane % 16) * kPixel + ((2 * k + lane / 16) ^ lane % 8) * kUnit);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {  // where there is no channel, but infinite noise, nothing is to be drawn
+                if ((2 * k + i / 2) * 8 >= op.out_channels) left[i] = 0;
+            }
+            multiply_add<T>(sums, left, right[2 * k], right[2 * k + 1]);
+        }
+        const int px = x + begin + lane / 4;
+        store_drawn(op.drawing, to + begin * op.drawing.channels, sums, bias, drawn && px < op.width,
+                    drawn && px + 8 < op.width);
+    }
+}
+
+template <typename T, bool kDraws>
 __global__ void __launch_bounds__(kAllThreads, 1)
     conv3x3_held_kernel(const __grid_constant__ Conv3x3 op, const __grid_constant__ Maps maps) {
     extern __shared__ __align__(1024) unsigned char held_memory[];
@@ -204,6 +247,9 @@ __global__ void __launch_bounds__(kAllThreads, 1)
     }
     const bool scaled = op.noise != nullptr && op.strength != nullptr;
     const float strength = op.positive * (scaled ? load_number<T>(op.strength, 0, op.strength_float) : 1.0f);
+    T* drawing = reinterpret_cast<T*>(held_memory + kDrawing + group * kDrawingBytes);
+    [[maybe_unused]] const float drawing_shift = kDraws ? drawing_bias<T>(op.drawing, lane % 4) : 0.0f;
+    [[maybe_unused]] int drawing_of = -1;  // the sample whose weights are there
     if (group == 1) barrier_arrive(kTurnBarrier, 2 * kGroup);  // the first turn is the first group's
 
     Weights weights;
@@ -262,6 +308,11 @@ __global__ void __launch_bounds__(kAllThreads, 1)
             ring.empty(first + 2).arrive(ends ? 3 : 1);
         }
 
+        if constexpr (kDraws) {  // the group has drawn the row before this one
+            if (drawing_of < 0 || (op.drawing.wn != 0 && drawing_of != sample)) load_drawing(op, sample, drawing);
+            drawing_of = sample;
+        }
+
         // Lane l gives the address of row l % 8, a pixel, of matrix l / 8: 8 channels of 8 pixels.
         const std::uint32_t to = out + (lane / 16 * 8 + lane % 8) * kPixel +
                                  ((warp % 4 * 2 + lane / 8 % 2) ^ lane % 8) * kUnit;
@@ -291,13 +342,17 @@ __global__ void __launch_bounds__(kAllThreads, 1)
                          : "memory");
             asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         }
+        if constexpr (kDraws) {
+            const int begin = warp % 4 * 32;
+            draw_row<T>(op, out + begin * kPixel, drawing, drawing_shift, sample, row, x + begin, lane);
+        }
     }
     if (thread == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-template <typename T>
+template <typename T, bool kDraws>
 void launch_held(const Conv3x3& op, cudaStream_t stream) {
-    const auto kernel = conv3x3_held_kernel<T>;
+    const auto kernel = conv3x3_held_kernel<T, kDraws>;
     allow_shared_memory(kernel, kBytes, "modulated_conv2d");
     const std::int64_t tiles = static_cast<std::int64_t>(op.n) * op.height * ceil_div(op.width, kStrip);
     const std::int64_t blocks = op.blocks > 0 ? op.blocks : multiprocessors("modulated_conv2d");
@@ -323,7 +378,10 @@ void launch_held(const Conv3x3& op, cudaStream_t stream) {
 
 void modulated_conv2d_3x3_held(const Conv3x3& op, cudaStream_t stream) {
     with_flag(op.dtype == Dtype::float16, [&](auto is_half) {
-        conv3x3::held::launch_held<std::conditional_t<decltype(is_half)::value, Half, Bfloat>>(op, stream);
+        using T = std::conditional_t<decltype(is_half)::value, Half, Bfloat>;
+        with_flag(op.drawing.channels > 0, [&](auto draws) {
+            conv3x3::held::launch_held<T, decltype(draws)::value>(op, stream);
+        });
     });
 }
 

@@ -52,6 +52,11 @@ struct Image {
     }
 };
 
+template <typename T>
+__device__ __forceinline__ float load_number(const void* from, std::int64_t index, bool is_float) {
+    return is_float ? static_cast<const float*>(from)[index] : to_float(static_cast<const T*>(from)[index]);
+}
+
 // 16 bytes from device to shared memory; zeros where not `inside`, and then `from` is not read.
 __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from, bool inside) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");

@@ -9,7 +9,7 @@
 // will hold of the result are brought together: it then stores 16 bytes with no exchange between lanes.
 #pragma once
 
-#include "_modulated_conv2d_load.cuh"
+#include "_modulated_conv2d_drawing.cuh"
 #include "modulated_conv2d.h"
 
 namespace clone_fast::conv3x3 {
@@ -23,14 +23,10 @@ struct Layout {
     static constexpr int kChunks = kIn / 8;
     static constexpr int kWeightPitch = kOut + 1;
     static constexpr int kWeightBytes = 9 * kChunks * kWeightPitch * kUnit;
-    static constexpr int kBytes = Input::kBytes + kWeightBytes + kOut * 4;
+    static constexpr int kDrawing = Input::kBytes + kWeightBytes + kOut * 4;  // where its weights begin
+    static constexpr int kBytes = kDrawing + sizeof(DrawingWeights<Half, kOut>);
     static constexpr int kBlocks = kIn == 32 && kOut == 32 ? 2 : 1;  // on a multiprocessor
 };
-
-template <typename T>
-__device__ __forceinline__ float load_number(const void* from, std::int64_t index, bool is_float) {
-    return is_float ? static_cast<const float*>(from)[index] : to_float(static_cast<const T*>(from)[index]);
-}
 
 // The place of an output channel among the columns of the matrix instruction: lane quarter q holds columns 2q and 2q+1
 // of every 8, and they are to be channels 8q .. 8q+7 of every 32.
@@ -159,12 +155,23 @@ __device__ __forceinline__ void start(Accumulators<kOut>& sums, const AnyNoise& 
     }
 }
 
-template <typename T, int kOut>
+template <typename T, int kOut, bool kDraws>
 __device__ __forceinline__ void finish(const Conv3x3& op, const Accumulators<kOut>& sums, int sample, int y, int x,
-                                       int lane) {
+                                       int lane, const DrawingWeights<T, kOut>& drawing) {
+    [[maybe_unused]] Bytes16 weights[kOut / 32];  // of the drawing
+    [[maybe_unused]] T* rgb = nullptr;
+    if constexpr (kDraws) {
+#pragma unroll
+        for (int group = 0; group < kOut / 32; ++group) {
+            weights[group] = load16(&drawing.weight[lane / 8][group * 32 + lane % 4 * 8]);
+        }
+        const std::int64_t pixels = static_cast<std::int64_t>(op.height) * op.width;
+        rgb = static_cast<T*>(op.drawing.rgb) + sample * pixels * op.drawing.channels + lane % 4;
+    }
     T* image = static_cast<T*>(op.y) + static_cast<std::int64_t>(sample) * op.height * op.width * op.out_channels;
 #pragma unroll
     for (int row = 0; row < kWarpRows; ++row) {
+        Bytes16 units[2][kOut / 32];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int px = x + lane / 4 + half * 8;
@@ -172,13 +179,15 @@ __device__ __forceinline__ void finish(const Conv3x3& op, const Accumulators<kOu
             T* pixel = image + ((y + row) * op.width + px) * op.out_channels + lane % 4 * 8;
 #pragma unroll
             for (int group = 0; group < kOut / 32; ++group) {
+                // where there is no channel, but infinite noise, nothing is to be drawn
+                const float limit = kDraws && group * 32 + lane % 4 * 8 >= op.out_channels ? 0.0f : op.clamp;
                 float values[8];
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     const float sum = sums[row][group * 4 + i / 2][2 * half + i % 2];
-                    values[i] = limited(fmaxf(sum * op.positive, sum * op.negative), op.clamp);
+                    values[i] = limited(fmaxf(sum * op.positive, sum * op.negative), limit);
                 }
-                const Bytes16 unit = pack<T>(values);
+                const Bytes16 unit = units[half][group] = pack<T>(values);
                 if (inside && group * 32 + lane % 4 * 8 < op.out_channels) {
                     // volatile: otherwise the compiler takes it apart into four stores
                     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(pixel + group * 32), "r"(unit.x),
@@ -186,6 +195,14 @@ __device__ __forceinline__ void finish(const Conv3x3& op, const Accumulators<kOu
                                  : "memory");
                 }
             }
+        }
+        if constexpr (kDraws) {
+            float drawn[4] = {};
+            draw<T>(drawn, units, weights);
+            const int px = x + lane / 4;
+            const bool inside = y + row < op.height && lane % 4 < op.drawing.channels;
+            store_drawn(op.drawing, rgb + ((y + row) * op.width + px) * op.drawing.channels, drawn,
+                        drawing.bias[lane % 4], inside && px < op.width, inside && px + 8 < op.width);
         }
     }
 }
@@ -206,7 +223,7 @@ struct Place {
 };
 
 // Engine<T, kIn, kOut>::multiply adds the nine taps to the sums of one warp.
-template <typename T, int kIn, int kOut, template <typename, int, int> class Engine>
+template <typename T, int kIn, int kOut, template <typename, int, int> class Engine, bool kDraws>
 __global__ void __launch_bounds__(kThreads, Layout<kIn, kOut>::kBlocks)
     conv3x3_kernel(const __grid_constant__ Conv3x3 op) {
     using L = Layout<kIn, kOut>;
@@ -215,6 +232,7 @@ __global__ void __launch_bounds__(kThreads, Layout<kIn, kOut>::kBlocks)
     extern __shared__ __align__(128) unsigned char memory[];
     const std::uint32_t input = shared_address(memory), weights = input + Input::kBytes;
     float* bias = reinterpret_cast<float*>(memory + Input::kBytes + L::kWeightBytes);
+    auto& drawing = *reinterpret_cast<DrawingWeights<T, kOut>*>(memory + L::kDrawing);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int warp_row = warp / 4 * kWarpRows, warp_col = warp % 4 * 16;
 
@@ -224,6 +242,7 @@ __global__ void __launch_bounds__(kThreads, Layout<kIn, kOut>::kBlocks)
     int tile = static_cast<int>(blockIdx.x * tiles / gridDim.x);
     Place at(tile, steps, strips);
     int loaded = -1;  // the sample whose weights are there
+    [[maybe_unused]] int drawing_of = -1;  // and of the drawing
     int slot = 0;  // the ring row of the first input row of the tile
     bool ahead = false;  // whether the rows of the tile are there or on their way
 
@@ -251,6 +270,10 @@ __global__ void __launch_bounds__(kThreads, Layout<kIn, kOut>::kBlocks)
                 else load_weights<T, kIn, kOut, false>(op, sample, weights);
                 loaded = sample;
             }
+            if constexpr (kDraws) {
+                if (drawing_of < 0 || (op.drawing.wn != 0 && drawing_of != sample)) load_drawing(op, sample, drawing);
+                drawing_of = sample;
+            }
         }
         copy_async_wait();
         Engine<T, kIn, kOut>::publish();
@@ -272,14 +295,14 @@ __global__ void __launch_bounds__(kThreads, Layout<kIn, kOut>::kBlocks)
         slot = Input::row(slot + kRows);
         at.advance(steps, strips);
         if (tile + 1 < last) load_noise();
-        finish<T, kOut>(op, sums, sample, y0 + warp_row, x0 + warp_col, lane);
+        finish<T, kOut, kDraws>(op, sums, sample, y0 + warp_row, x0 + warp_col, lane, drawing);
     }
 }
 
-template <typename T, int kIn, int kOut, template <typename, int, int> class Engine>
+template <typename T, int kIn, int kOut, template <typename, int, int> class Engine, bool kDraws>
 void launch(const Conv3x3& op, cudaStream_t stream) {
     using L = Layout<kIn, kOut>;
-    const auto kernel = conv3x3_kernel<T, kIn, kOut, Engine>;
+    const auto kernel = conv3x3_kernel<T, kIn, kOut, Engine, kDraws>;
     allow_shared_memory(kernel, L::kBytes, "modulated_conv2d");
     const std::int64_t tiles = static_cast<std::int64_t>(op.n) * ceil_div(op.height, kRows) * ceil_div(op.width, kCols);
     const std::int64_t blocks = op.blocks > 0 ? op.blocks : multiprocessors("modulated_conv2d") * L::kBlocks;
@@ -297,7 +320,10 @@ void dispatch(const Conv3x3& op, cudaStream_t stream) {
         with_flag(op.in_channels > 32, [&](auto wide_in) {
             with_flag(op.out_channels > 32, [&](auto wide_out) {
                 constexpr int kIn = decltype(wide_in)::value ? 64 : 32, kOut = decltype(wide_out)::value ? 64 : 32;
-                if constexpr (kWidest || kIn + kOut < 128) launch<T, kIn, kOut, Engine>(op, stream);
+                if constexpr (kWidest || kIn + kOut < 128) {
+                    with_flag(op.drawing.channels > 0,
+                              [&](auto draws) { launch<T, kIn, kOut, Engine, decltype(draws)::value>(op, stream); });
+                }
             });
         });
     });

@@ -145,6 +145,21 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "modulated_conv2d_3x3",
         [](const Conv3x3& op, Address stream) { modulated_conv2d_3x3(op, stream_of(stream)); }, unlocked);
+    py::class_<Drawing>(module, "Drawing")
+        .def(py::init([](int channels, Address weight, Address bias, Address rgb,
+                         const std::array<std::int64_t, 3>& strides, bool bias_float, float clamp) {
+                 return Drawing{channels,   pointer(weight), pointer(bias), pointer(rgb), strides[0],
+                                strides[1], strides[2],      bias_float,    clamp};
+             }),
+             py::kw_only(), "channels"_a, "weight"_a, "bias"_a, "rgb"_a, "weight_strides"_a, "bias_float"_a,
+             "clamp"_a);
+    module.def(
+        "modulated_conv2d_3x3_drawn",
+        [](Conv3x3 op, const Drawing& drawing, Address stream) {
+            op.drawing = drawing;
+            modulated_conv2d_3x3(op, stream_of(stream));
+        },
+        unlocked);
     module.def("modulated_conv2d_3x3_fits", &modulated_conv2d_3x3_fits);
     py::class_<Conv3x3Wgrad>(module, "Conv3x3Wgrad")
         .def(py::init([](int dtype, int n, int height, int width, int channels_a, int channels_b, int results,

@@ -51,6 +51,7 @@ struct SyncEngine {
 }  // namespace conv3x3
 
 void modulated_conv2d_3x3(const Conv3x3& op, cudaStream_t stream) {
+    if (op.drawing.channels > conv3x3::kMostDrawn) fail("modulated_conv2d", "draws more than 4 channels");
     if (op.portable || compute_capability("modulated_conv2d") != 90) {
         conv3x3::dispatch<conv3x3::SyncEngine, true>(op, stream);
     } else if (op.in_channels > 32 && op.out_channels > 32) {

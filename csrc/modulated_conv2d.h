@@ -10,6 +10,17 @@
 
 namespace clone_fast {
 
+// What is drawn of a result on its way to memory: rgb[f] = limited(bias[f] + sum of weight[f, c] * y[c]) at each pixel.
+struct Drawing {
+    int channels;  // F, 1 to 4; 0: nothing is drawn
+    const void* weight;  // of sample n, channels f and c, at n*wn + f*wf + c*wc, in y's dtype
+    const void* bias;  // [F]; null: none
+    void* rgb;  // [N, H, W, F], in y's dtype
+    std::int64_t wn, wf, wc;
+    bool bias_float;  // float32, or else y's dtype
+    float clamp;  // infinity: none
+};
+
 // What a launcher is told, all of it in elements. Images are channels_last and dense, channels are multiples of 8.
 struct Conv3x3 {
     Dtype dtype;
@@ -28,6 +39,8 @@ struct Conv3x3 {
     // for tests
     bool portable;  // mma.sync, also where there is something better
     int blocks;  // at most so many, which makes long walks of small images; 0: as many as run at once
+
+    Drawing drawing = {};  // of the rounded y
 };
 
 // Throws above 64 channels, and for dtypes other than the two of 16 bits.

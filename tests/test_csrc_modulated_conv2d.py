@@ -41,12 +41,12 @@ def fresh(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -
 
 
 def each_sample(x: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
-    """F.conv2d, or its adjoint, with a weight for all or one for each."""
+    """F.conv2d, or its adjoint, with a weight for all or one for each; of the size of x."""
     weights = weight.unbind() if weight.ndim == 5 else [weight] * len(x)
     pairs = zip(x.split(1), weights, strict=True)
     if transposed:
         return torch.cat([conv_transpose2d(one, w.transpose(0, 1), padding=1) for one, w in pairs])
-    return torch.cat([conv2d(one, w, padding=1) for one, w in pairs])
+    return torch.cat([conv2d(one, w, padding=w.shape[-1] // 2) for one, w in pairs])
 
 
 def assert_close(got: Tensor, want: Tensor, plain: Tensor) -> None:
@@ -153,6 +153,102 @@ def test_weight_gradient(
     want = spec(torch.float64)
     assert torch.nn.functional.cosine_similarity(got.double().flatten(), want.flatten(), dim=0) > 0.99999
     assert_close(got, want, spec(dtype))
+
+
+def assert_drawn(
+    rgb: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None, clamp: float | None = None
+) -> None:
+    """The 1x1 convolution of y as it was rounded, channels_last."""
+
+    def spec(kind: torch.dtype) -> Tensor:
+        return bias_act(each_sample(y.to(kind), weight.to(kind)), None if bias is None else bias.to(kind), clamp=clamp)
+
+    assert rgb.dtype == y.dtype
+    assert rgb.is_contiguous(memory_format=torch.channels_last)
+    assert_close(rgb, spec(torch.float64), spec(y.dtype))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("blocks", [0, 1, 3])
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_drawn_on_its_way(
+    leaf: Any, shape: tuple[int, ...], dtype: torch.dtype, portable: bool, blocks: int, per_sample: bool
+) -> None:
+    """y is what it is without, to the bit; the image is that of y."""
+    n, i, o, h, w = shape
+    samples = [n] if per_sample else []
+    x = as_layout(fresh(n, i, h, w, dtype=dtype), "channels_last")
+    weight = fresh(*samples, 3, 3, o, i, dtype=dtype, scale=(9 * i) ** -0.5).movedim((-2, -1), (-4, -3))
+    noise, strength, bias = fresh(n, 1, h, w, dtype=dtype), fresh(), fresh(o)
+    rgb_weight, rgb_bias = fresh(*samples, 3, o, 1, 1, dtype=dtype, scale=o**-0.5), fresh(3, dtype=dtype)
+    arguments = (x, weight, noise, strength, bias, "lrelu", 2**0.5, 2.0, rgb_weight, rgb_bias, 1.0)
+    assert leaf.supports_drawn(*arguments) is None
+    y, rgb = leaf.launch_drawn(*arguments, portable, blocks)
+    assert torch.equal(y, leaf._conv3x3(x, weight, False, noise, strength, bias, 0.2, 2**0.5, 2.0, portable, blocks))
+    assert_drawn(rgb, y, rgb_weight, rgb_bias, 1.0)
+
+
+@pytest.mark.parametrize("channels", [32, 64])
+@pytest.mark.parametrize("options", range(8))
+def test_options_of_a_drawing(leaf: Any, options: int, channels: int) -> None:
+    """1 to 4 outputs, weights of any strides for all or for each, with and without what may be missing."""
+    n, o, h, w, outputs = 3, channels - 8 * (options % 2), 19, 135, options % 4 + 1
+    x = fresh(n, channels, h, w, dtype=torch.float16)
+    x = as_layout(x, "channels_last") if options % 3 else x
+    weight = fresh(*([n] if options % 2 else []), o, channels, 3, 3, dtype=torch.float16, scale=0.05)
+    noise = None if options < 2 else fresh(h, w) if options < 4 else fresh(n, 1, h, w, dtype=torch.float16)
+    rgb_weight = fresh(n, o, 2 * outputs, 1, 1, dtype=torch.float16, scale=0.2).transpose(1, 2)[:, 1::2]
+    if options in (1, 4, 6):
+        rgb_weight = rgb_weight[2]
+    elif options == 5:
+        rgb_weight = rgb_weight[:1].expand(n, -1, -1, -1, -1)
+    rgb_bias = None if options < 3 else fresh(outputs) if options < 6 else fresh(2 * outputs, dtype=torch.float16)[::2]
+    clamp, rgb_clamp = (None if options in chosen else 0.7 for chosen in ((0, 3, 5), (2, 3, 7)))
+    act = ("linear", "relu", "lrelu")[options % 3]
+    epilogue = (noise, None if options % 2 else fresh(), None if options == 3 else fresh(o))
+    y, rgb = leaf.launch_drawn(x, weight, *epilogue, act, 1.3, clamp, rgb_weight, rgb_bias, rgb_clamp)
+    plain = leaf.launch(x, weight, *epilogue, None, 1, 1, act, 1.3, clamp)
+    assert torch.equal(y, plain)
+    assert y.stride() == plain.stride()
+    assert rgb.shape == (n, outputs, h, w)
+    assert_drawn(rgb, y, rgb_weight, rgb_bias, rgb_clamp)
+
+
+@pytest.mark.parametrize("channels", [24, 32, 40, 64])
+def test_nan_and_infinity_are_drawn(leaf: Any, channels: int) -> None:
+    """Where they are, and nowhere else: not of the channels that fill up a tile, which have but the noise."""
+    x = as_layout(fresh(1, channels, 16, 16, dtype=torch.float16), "channels_last")
+    x[0, 3, 5, 6] = float("nan")
+    weight = fresh(channels, channels, 3, 3, dtype=torch.float16, scale=0.02)
+    noise = torch.zeros(16, 16, device="cuda")
+    noise[12, 3], noise[2, 9] = float("inf"), -float("inf")
+    rgb_weight = fresh(3, channels, 1, 1, dtype=torch.float16).abs()
+    for clamp in (None, 4.0):
+        _, rgb = leaf.launch_drawn(x, weight, noise, None, None, "lrelu", 1.0, clamp, rgb_weight, None, None)
+        assert rgb[..., 4:7, 5:8].isnan().all()
+        assert rgb.isnan().sum() == 3 * 9
+        assert rgb[..., 12, 3].isposinf().all() == (clamp is None)
+        assert rgb[..., 2, 9].isneginf().all() == (clamp is None)
+        assert rgb.isinf().sum() == (6 if clamp is None else 0)
+
+
+def test_drawn_in_a_graph(leaf: Any) -> None:
+    """Captured, and replayed with other numbers."""
+    x = as_layout(fresh(2, 32, 40, 72, dtype=torch.bfloat16), "channels_last")
+    weight, rgb_weight = (fresh(2, o, 32, k, k, dtype=torch.bfloat16, scale=0.1) for o, k in ((32, 3), (3, 1)))
+    arguments = (x, weight, None, None, None, "lrelu", 1.0, None, rgb_weight, None, None)
+    leaf.launch_drawn(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, rgb = leaf.launch_drawn(*arguments)
+    for tensor in (x, weight, rgb_weight):
+        tensor.copy_(tensor.flip(0))
+    graph.replay()
+    wanted = leaf.launch_drawn(*arguments)
+    assert torch.equal(y, wanted[0])
+    assert torch.equal(rgb, wanted[1])
 
 
 @pytest.mark.parametrize("channels", [32, 64])

@@ -1,4 +1,5 @@
-"""modulated_conv2d in CUDA C++: the 3x3 convolution of at most 64 channels, everything fused, and its weight gradient.
+"""modulated_conv2d in CUDA C++: the 3x3 convolution of at most 64 channels, everything fused, with the 1x1 convolution
+to the image where one follows, and its weight gradient.
 
 The steps are those of `clone_fast.kernels.modulated_conv2d`; what is missing here, or is refused with a reason, runs
 there. What follows a convolution lies, on the way back, in `_act_backward.py`, resampling by 2 in `_resampled_conv.py`,
@@ -30,18 +31,21 @@ __all__ = [
     "launch",
     "launch_act_backward",
     "launch_conv",
+    "launch_drawn",
     "launch_drawn_act_backward",
     "launch_finish",
     "launch_wgrad",
     "supports",
     "supports_act_backward",
     "supports_conv",
+    "supports_drawn",
     "supports_drawn_act_backward",
     "supports_finish",
     "supports_wgrad",
 ]
 
 CHANNELS = 64  # at most
+DRAWN_CHANNELS = 4  # at most
 
 
 def supports(
@@ -118,6 +122,69 @@ def launch_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed
     if stride == 2:
         return launch_strided(x, weight, padding, transposed)
     return _conv3x3(x, weight, transposed, None, None, None, 1.0, 1.0, None)
+
+
+def supports_drawn(
+    x: Tensor,
+    weight: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    act: str,
+    gain: float,
+    clamp: float | None,
+    rgb_weight: Tensor,
+    rgb_bias: Tensor | None,
+    rgb_clamp: float | None,
+) -> str | None:
+    """None where `launch_drawn` can run, else the reason why not."""
+    channels, k = rgb_weight.shape[-4], rgb_weight.shape[-1]
+    if k != 1:
+        return f"draws by a 1x1 kernel, not {k}x{k}"
+    if not 1 <= channels <= DRAWN_CHANNELS:
+        return f"draws 1 to {DRAWN_CHANNELS} channels, not {channels}"
+    if rgb_weight.dtype != x.dtype:
+        return f"rgb_weight must have x's dtype {x.dtype}, got {rgb_weight.dtype}"
+    return supports(x, weight, noise, noise_strength, bias, None, 1, 1, act, gain, clamp)
+
+
+def launch_drawn(
+    x: Tensor,
+    weight: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    act: str,
+    gain: float,
+    clamp: float | None,
+    rgb_weight: Tensor,
+    rgb_bias: Tensor | None,
+    rgb_clamp: float | None,
+    portable: bool = False,
+    blocks: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """y as `launch` makes it, and what a 1x1 convolution draws of it: rgb = clamp(conv(y, rgb_weight) + rgb_bias).
+
+    rgb_weight is [F, O, 1, 1] or [N, F, O, 1, 1] in x's dtype, of any strides, with F from 1 to 4; rgb_bias [F]. rgb is
+    [N, F, H, W] in x's dtype, channels_last: summed in float32 over the channels of the rounded y, and rounded once.
+    `portable` and `blocks` are those of `_conv3x3`.
+    """
+    n, _, height, width = x.shape
+    channels = rgb_weight.shape[-4]
+    rgb_bias = _number(rgb_bias, x)
+    rgb = torch.empty([n, channels, height, width], dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    wf, wc = rgb_weight.stride()[-4:-2]
+    drawing = _C.Drawing(
+        channels=channels,
+        weight=rgb_weight.data_ptr(),
+        bias=pointer(rgb_bias),
+        rgb=rgb.data_ptr(),
+        weight_strides=(rgb_weight.stride(0) if rgb_weight.ndim == 5 and len(rgb_weight) > 1 else 0, wf, wc),
+        bias_float=rgb_bias is not None and rgb_bias.dtype == torch.float32,
+        clamp=inf if rgb_clamp is None else rgb_clamp,
+    )
+    epilogue = (noise, noise_strength, bias, SLOPES[act], gain, clamp)
+    return _conv3x3(x, weight, False, *epilogue, portable, blocks, drawing), rgb
 
 
 def supports_wgrad(
@@ -225,6 +292,7 @@ def _conv3x3(
     clamp: float | None,
     portable: bool = False,
     blocks: int = 0,
+    drawing: _C.Drawing | None = None,
 ) -> Tensor:
     """The kernel. For tests, `portable` takes mma.sync also where wgmma is to be had, `blocks` bounds how many run."""
     n, in_channels, height, width = x.shape
@@ -261,5 +329,8 @@ def _conv3x3(
         portable=portable,
         blocks=blocks,
     )
-    _C.modulated_conv2d_3x3(op, stream(x))
+    if drawing is None:
+        _C.modulated_conv2d_3x3(op, stream(x))
+    else:
+        _C.modulated_conv2d_3x3_drawn(op, drawing, stream(x))
     return _in_layout_of(y, x)
