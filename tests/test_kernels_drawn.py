@@ -46,20 +46,23 @@ def check(
     n, channels, few, height, width = shape
     act, gain, clamp = epilogue
     of_y, of_image = layouts.split()
-    y = torch.randn(n, channels, height, width).to(dtype)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, device=device).to(dtype)
+
+    y = random(n, channels, height, width)
     y = y.relu() if act == "relu" else y
     if clamp is not None:
         clamp = float(torch.tensor(clamp, dtype=dtype))  # as results hold it
         y = y.clamp(-clamp, clamp)
-    dy = as_layout(torch.randn(y.shape).to(dtype), of_y).to(device) if with_dy else None
-    dimage = as_layout(torch.randn(n, few, height, width).to(dtype), of_image).to(device)
-    weight = torch.randn(*([n] if own else []), few, channels, 1, 1).to(device, dtype)
+    dy = as_layout(random(*y.shape), of_y) if with_dy else None
+    dimage, drawn = as_layout(random(n, few, height, width), of_image), random(n, few, height, width)
+    weight = random(*([n] if own else []), few, channels, 1, 1)
     image_clamp = clamp and 0.7
     limit = image_clamp and float(torch.tensor(image_clamp, dtype=dtype))
-    drawn = torch.randn(n, few, height, width).to(dtype)
-    drawn = as_layout(drawn if limit is None else drawn.clamp(-limit, limit), of_y).to(device)
-    noise, strength = torch.randn(height, width).to(device, dtype), torch.tensor(0.3).to(device, dtype)
-    bias, y = torch.randn(channels).to(device, dtype), as_layout(y, of_y).to(device)
+    drawn = as_layout(drawn if limit is None else drawn.clamp(-limit, limit), of_y)
+    noise, strength = random(height, width), torch.tensor(0.3).to(device, dtype)
+    bias, y = random(channels), as_layout(y, of_y)
     want_noise, want_strength, want_bias, want_dots, want_weight = flags
     wants = (want_noise, want_strength, want_bias)
     args = (dy, dimage, y, weight, drawn, image_clamp, noise, strength, act, gain, clamp, *wants)
