@@ -41,10 +41,9 @@ inline int columns_of(int groups, int vectors) {
     return std::max(4, ceil_div(groups, strips));
 }
 
-template <typename T, int kUp, int kDown, class Windows>
-void launch_fir4(const T* x, const float* f, T* y, const Upfirdn2d& a, int splits, int vectors, cudaStream_t stream,
-                 const typename Windows::Finish& finish = {}) {
-    const auto kernel = fir4_kernel<T, kUp, kDown, Windows>;
+// How an image is cut up for a kernel of these windows.
+template <int kUp, int kDown, class Windows, typename Kernel>
+Grid cut(Kernel* kernel, const Upfirdn2d& a, int splits, int vectors, int percent = kPercent<kUp, kDown, Windows>) {
     const int images = a.channels_last ? a.n : a.n * a.c;
     Grid g;
     g.c = a.channels_last ? a.c : 1, g.h = a.h, g.w = a.w, g.oh = a.oh, g.ow = a.ow;
@@ -70,12 +69,22 @@ void launch_fir4(const T* x, const float* f, T* y, const Upfirdn2d& a, int split
 
     const int total = kUp == 2 ? ceil_div(a.oh - g.start_y, 2) : a.oh;
     const std::int64_t pieces = static_cast<std::int64_t>(strips) * splits * images;
-    const std::int64_t wanted = per_block * blocks_wanted(kernel, shared_bytes, kPercent<kUp, kDown, Windows>);
+    const std::int64_t wanted = per_block * blocks_wanted(kernel, shared_bytes, percent);
     g.rows = ceil_div(total, static_cast<int>(std::clamp<std::int64_t>(wanted / pieces, 1, std::max(1, total / 8))));
     const int bands = ceil_div(total, g.rows);
     g.pieces = static_cast<int>(pieces * bands);
     g.splits = Divider(splits), g.strips = Divider(strips), g.bands = Divider(bands);
-    kernel<<<ceil_div(g.pieces, per_block), kThreads, shared_bytes, stream>>>(x, f, y, g, finish);
+    return g;
+}
+
+inline int blocks_of(const Grid& g) { return ceil_div(g.pieces, kThreads / static_cast<int>(g.lanes.divisor)); }
+
+template <typename T, int kUp, int kDown, class Windows>
+void launch_fir4(const T* x, const float* f, T* y, const Upfirdn2d& a, int splits, int vectors, cudaStream_t stream,
+                 const typename Windows::Finish& finish = {}) {
+    const auto kernel = fir4_kernel<T, kUp, kDown, Windows>;
+    const Grid g = cut<kUp, kDown, Windows>(kernel, a, splits, vectors);
+    kernel<<<blocks_of(g), kThreads, Windows::shared_bytes(g), stream>>>(x, f, y, g, finish);
     check_launch(kOp);
 }
 

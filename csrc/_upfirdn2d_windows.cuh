@@ -9,7 +9,7 @@
 //   store(row, values)   the next row of output, number `row` of the band; kept only if the band has one of that number
 #pragma once
 
-#include "_ptx.cuh"
+#include "_upfirdn2d_ptx.cuh"
 
 namespace clone_fast::fir {
 
@@ -59,15 +59,6 @@ struct Place {
         image = g.bands.divide(g.strips.divide(g.splits.divide(works ? piece : 0, split), strip), band);
     }
 };
-
-// To shared memory, past the L1; zeros where not `real`, and then nothing is read.
-__device__ __forceinline__ void copy16_async(std::uint32_t to, const void* from, bool real) {
-    asm volatile(
-        "{ .reg .pred skip; setp.eq.u32 skip, %2, 0;"
-        " cp.async.cg.shared.global.L2::128B [%0], [%1], 16, skip; }" ::"r"(to),
-        "l"(from), "r"(static_cast<std::uint32_t>(real))
-        : "memory");
-}
 
 // kLanes<T> numbers are a vector: channels of a pixel in channels_last, columns of a plane in NCHW. There the window
 // may begin inside a vector, and is shifted into place in registers.
@@ -148,7 +139,7 @@ struct Vectors {
                 if (copies[i]) copy16_async(into + j * row_bytes + i * into_step, x + i * copy_step, inside && in[i]);
             x += row, ++iy;
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        end_copies();
         into += kGroup * row_bytes, copies_left -= kGroup * row_bytes;
         if (copies_left == 0) into -= wrap, copies_left = wrap;
     }
@@ -156,24 +147,20 @@ struct Vectors {
 #pragma unroll
         for (int s = 0; s < kStages - 1; ++s) copy_rows();
     }
-    __device__ __forceinline__ Bytes16 shared16(std::uint32_t address) const {
-        Bytes16 bytes;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(bytes.x), "=r"(bytes.y), "=r"(bytes.z), "=r"(bytes.w)
-                     : "r"(address)
-                     : "memory");
-        return bytes;
-    }
     template <int u>
     __device__ __forceinline__ void row_into(float (&window)[kIn][kValues]) {
         if constexpr (u % kGroup == 0) {
-            asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+            wait_for_copies<kStages - 2>();
             __syncthreads();  // everybody's copies have come, and nobody reads the rows that are overwritten next
             copy_rows();
         }
+        read_row<u>(window);
+    }
+    template <int u>
+    __device__ __forceinline__ void read_row(float (&window)[kIn][kValues]) {
         if constexpr (kChannelsLast) {
 #pragma unroll
-            for (int i = 0; i < kIn; ++i) unpack<T>(shared16(from + i * step), window[i]);
+            for (int i = 0; i < kIn; ++i) unpack<T>(load_shared16(from + i * step), window[i]);
         } else {
             shifted(window);
         }
@@ -189,7 +176,7 @@ struct Vectors {
         std::uint32_t word[4 * kRead + 8] = {};
 #pragma unroll
         for (int i = 0; i < kRead; ++i) {
-            const Bytes16 bytes = shared16(from + 16 * i);
+            const Bytes16 bytes = load_shared16(from + 16 * i);
             word[4 * i] = bytes.x, word[4 * i + 1] = bytes.y, word[4 * i + 2] = bytes.z, word[4 * i + 3] = bytes.w;
         }
         const int words = shift / kPerWord;

@@ -272,7 +272,7 @@ PYBIND11_MODULE(_C, module) {
 
     // ---- upfirdn2d
     using Pair = std::array<int, 2>;  // [x, y], but sizes are [height, width]
-    py::class_<Upfirdn2d>(module, "Upfirdn2d")
+    py::class_<Upfirdn2d>(module, "Upfirdn2d", py::module_local())
         .def(py::init([](const std::array<int, 4>& shape, const Pair& size, bool channels_last, const Pair& filter,
                          bool separable, const Pair& up, const Pair& down, const Pair& pad, bool flip, float gain) {
                  return Upfirdn2d{shape[0], shape[1], shape[2], shape[3], size[0], size[1], channels_last, filter[0],
@@ -304,4 +304,20 @@ PYBIND11_MODULE(_C, module) {
         },
         py::call_guard<py::gil_scoped_release>(), py::kw_only(), "op"_a, "dtype"_a, "x"_a, "f"_a, "y"_a, "noise"_a,
         "noise_stride"_a, "strength"_a, "bias"_a, "gain"_a, "slope"_a, "clamp"_a, "stream"_a);
+    module.def("upfirdn2d_gate_sums", [](const Upfirdn2d& op, int dtype, bool noise, bool dots) {
+        return upfirdn2d_gate_sums(Dtype{dtype}, op, noise, dots);
+    });
+    module.def(
+        "upfirdn2d_gate",
+        [](const Upfirdn2d& op, int dtype, Address x, Address f, Address y, Address result, Address noise,
+           std::int64_t noise_stride, Address strength, Address bias, float gain, float slope, float limit,
+           Address of_bias, Address of_dots, Address of_strength, Address stream) {
+            const Upfirdn2dGate gate{pointer(result), pointer(noise), pointer(strength), pointer(bias), noise_stride,
+                                     gain, slope, limit, pointer<float>(of_bias), pointer<float>(of_dots),
+                                     pointer<float>(of_strength)};
+            upfirdn2d_gate(Dtype{dtype}, pointer(x), pointer<float>(f), pointer(y), op, gate, stream_of(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), "op"_a, "dtype"_a, "x"_a, "f"_a, "y"_a, "result"_a,
+        "noise"_a, "noise_stride"_a, "strength"_a, "bias"_a, "gain"_a, "slope"_a, "limit"_a, "of_bias"_a, "of_dots"_a,
+        "of_strength"_a, "stream"_a);
 }

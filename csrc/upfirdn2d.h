@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "dtype.h"
 
@@ -38,6 +39,26 @@ struct Upfirdn2dFinish {
 // A 4x4 filter without resampling, and the rest in the same pass.
 void upfirdn2d_finish(Dtype dtype, const void* x, const float* f, void* y, Upfirdn2d args,
                       const Upfirdn2dFinish& finish, cudaStream_t stream);
+
+// The gradient of y = clamp(gain * act(z)) to z in place of x, which is that to y; and its sums. Tensors in x's dtype,
+// sums in float32, and null where they are not wanted.
+struct Upfirdn2dGate {
+    const void* result;    // y, of x's size and layout
+    const void* noise;     // [h, w], sample n at n * noise_stride elements: what z contains of it; null: none is read
+    const void* strength;  // its factor, one number; null: 1
+    const void* bias;      // [c], what z contains of it, for the dots; null: none
+    std::int64_t noise_stride;
+    float gain, slope;  // slope: what the activation multiplies numbers below zero by
+    float limit;        // the largest |y| below the clamp, a number of the dtype; infinity: none
+    float *of_bias, *of_dots;  // [n, rows, c], over the pixels: of it, and of it times z without bias and noise
+    float* of_strength;        // [blocks], over all, times the noise
+};
+
+// A 4x4 filter without resampling of that, channels_last in vectors of 16 bytes, to an image that is no smaller; and
+// how many (rows, blocks) of sums it makes, with these or without.
+void upfirdn2d_gate(Dtype dtype, const void* x, const float* f, void* y, const Upfirdn2d& args,
+                    const Upfirdn2dGate& gate, cudaStream_t stream);
+std::pair<int, int> upfirdn2d_gate_sums(Dtype dtype, const Upfirdn2d& args, bool noise, bool dots);
 
 // With a 4x4 filter, up 2 and down 1, plus `other` [n, c, oh, ow], dense in the layout of x, of x's dtype or, where
 // that is float32, of any. What is added to float32 in NCHW may be in channels_last.

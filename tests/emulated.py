@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -25,30 +26,39 @@ def loaded(name: str, path: Path) -> Any:
     return module
 
 
-def extension(op: str, folder: Path) -> ModuleType:
-    """What bindings.cpp says of an op, csrc/<op>.cu, as an extension of its own, compiled into this folder."""
+def extension(op: str, folder: Path, part: str = "") -> ModuleType:
+    """What bindings.cpp says of an op, csrc/<op>.cu, as an extension of its own, compiled into this folder.
+
+    part: of a part of the op alone, csrc/_<part>.cu, and of the bindings that begin with its name.
+    """
     pybind11 = pytest.importorskip("pybind11")
     if not (ROOT / "csrc").exists():
         pytest.skip("reads the checkout, and there is none")
     if shutil.which("g++") is None:
         pytest.skip("no g++ here")
-    name = f"emulated_{op}"
-    for suffix in ("cu", "h"):
-        shutil.copy(ROOT / "csrc" / f"{op}.{suffix}", folder)
-    shutil.copy(ROOT / "tests" / "emulated_cuda.h", folder / "cuda_runtime.h")
-    (folder / "launch.cuh").write_text("#include <cuda_runtime.h>\n")
+    name, source = f"emulated_{part or op}", f"_{part}.cu" if part else f"{op}.cu"
+    for path in (*(ROOT / "csrc").glob("*.cuh"), *(ROOT / "csrc").glob("*.h"), ROOT / "csrc" / source):
+        text = path.read_text()
+        text = re.sub(r"extern __shared__ (\w+) (\w+)\[\];", r"\1* \2 = reinterpret_cast<\1*>(dynamic_shared);", text)
+        text = re.sub(r"(\w+)<<<([^;]*?)>>>\(", r'launch_early("", \1, \2, ', text)
+        (folder / path.name).write_text(text)
+    for stand_in in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
+        shutil.copy(ROOT / "tests" / "emulated_cuda.h", folder / stand_in)
+    shutil.copy(ROOT / "tests" / "emulated_upfirdn2d_ptx.h", folder / "_upfirdn2d_ptx.cuh")
     bindings = (ROOT / "csrc" / "bindings.cpp").read_text()
     helpers = bindings[bindings.index("namespace py =") : bindings.index("PYBIND11_MODULE")]
-    part = bindings[bindings.index(f"    // ---- {op}\n") :]
-    part = part[: part.index("\n    // ----")]
+    found = bindings[bindings.index(f"    // ---- {op}\n") :].removesuffix("}\n")
+    found = found.split("\n    // ----")[0]
+    entries = re.split(r"^(?=    module\.)", found, flags=re.MULTILINE)
+    found = "".join(entry for entry in entries if not entry.startswith("    module.") or f'"{part}' in entry)
     (folder / "bindings.cpp").write_text(
         f'#include <pybind11/pybind11.h>\n#include <pybind11/stl.h>\n#include "{op}.h"\n'
         f"{helpers}\nPYBIND11_MODULE({name}, module) {{\n"
-        f"const py::call_guard<py::gil_scoped_release> unlocked;\n{part}\n}}\n"
+        f"const py::call_guard<py::gil_scoped_release> unlocked;\n{found}\n}}\n"
     )
     includes = ["-I.", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", "-x", "c++"]
-    subprocess.run(["g++", *flags, *includes, f"{op}.cu", "bindings.cpp", "-o", f"{name}.so"], cwd=folder, check=True)
+    subprocess.run(["g++", *flags, *includes, source, "bindings.cpp", "-o", f"{name}.so"], cwd=folder, check=True)
     return loaded(name, folder / f"{name}.so")
 
 

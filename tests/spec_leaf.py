@@ -204,6 +204,14 @@ def act_backward(
     return g, noise_sums, strength_sums, g.sum([2, 3]) if want_bias else None, dots
 
 
+def act_fir(
+    dy: Tensor, y: Tensor, noise: Tensor | None, noise_strength: Tensor | None, bias: Tensor | None, *args: Any
+) -> tuple[Tensor | None, ...]:
+    *activation, want_dots, f, padding, flip, filter_gain = args
+    g, *sums = act_backward(dy, y, noise, noise_strength, *activation, bias, want_dots)
+    return upfirdn2d.upfirdn2d(g, f, padding=padding, flip_filter=flip, gain=filter_gain), *sums
+
+
 def drawn(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *epilogue, act, gain, clamp, image_weight, image_bias, image_clamp = args
     y = _convolution(x, weight, *epilogue, None, 1, 1, act, gain, clamp)
@@ -327,6 +335,7 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
         "launch_finish": finish,
         "launch_wgrad": wgrad,
         "launch_act_backward": act_backward,
+        "launch_act_fir": act_fir,
         "launch_drawn": drawn,
         "launch_drawn_act_backward": drawn_act_backward,
         "launch_act_sums": act_sums,
@@ -344,10 +353,12 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
 
 def steps(op: str, *, whole: bool = True) -> types.SimpleNamespace:
     """The leaf of an op; where it is not `whole`, modulated_conv2d has to be composed of steps where it resamples, and
-    the gradient of a 1x1 convolution, its sum with an image and the image drawn of a result are, too."""
+    the gradients of a 1x1 convolution and of an upsampling one, the former's sum with an image and the image drawn of a
+    result are, too."""
     functions = dict(SPEC[op])
     if op == "modulated_conv2d" and not whole:
-        del functions["launch_pointwise_backward"], functions["launch_conv_add"], functions["launch_drawn"]
+        for name in ("pointwise_backward", "act_fir", "conv_add", "drawn"):
+            del functions[f"launch_{name}"]
         functions["supports"] = lambda *args: None if args[6:8] == (1, 1) else "fuses no resampling"
     if op in ("upfirdn2d", "modulated_conv2d"):
         launch = functions["launch"]

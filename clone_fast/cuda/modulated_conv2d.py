@@ -3,7 +3,8 @@ to the image where one follows, and its weight gradient.
 
 The steps are those of `clone_fast.kernels.modulated_conv2d`; what is missing here, or is refused with a reason, runs
 there. What follows a convolution lies, on the way back, in `_act_backward.py`, resampling by 2 in `_resampled_conv.py`,
-its convolutions of stride 2 alone in `_strided_conv.py`, the filter behind these in `_finish.py`.
+its convolutions of stride 2 alone in `_strided_conv.py`, the filter behind these in `_finish.py`, and what begins their
+gradient in `_act_fir.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from clone_fast.cuda._act_backward import (
     supports_act_backward,
     supports_drawn_act_backward,
 )
+from clone_fast.cuda._act_fir import launch_act_fir, supports_act_fir
 from clone_fast.cuda._finish import composes, launch_finish, supports_finish
 from clone_fast.cuda._strided_conv import launch_strided, supports_strided
 from clone_fast.kernels._dense import SLOPES, layout_of
@@ -30,6 +32,7 @@ __all__ = [
     "composes",
     "launch",
     "launch_act_backward",
+    "launch_act_fir",
     "launch_conv",
     "launch_drawn",
     "launch_drawn_act_backward",
@@ -37,6 +40,7 @@ __all__ = [
     "launch_wgrad",
     "supports",
     "supports_act_backward",
+    "supports_act_fir",
     "supports_conv",
     "supports_drawn",
     "supports_drawn_act_backward",

@@ -3,7 +3,7 @@
 g = dy * gain * slope, and its sums to bias and noise      one pass over dy and y, with what comes back through an image
 1x1, with few channels on one side: all in one pass over dy, y and x, but for sums of its programs
 plain: dx = conv of g with the transposed weight; dw = correlation of x and g
-up:    h = adjoint FIR of g; dx = conv of h with stride 2; dw = correlation of h and x
+up:    h = adjoint FIR of g, in the same pass if a leaf can; dx = conv of h with stride 2; dw = correlation of h and x
 down:  dx = adjoint FIR of (transposed conv of g); dw = correlation of FIR(x) and g
 
 The second is made of the op and of the first, since dx and dw are linear in g, and in weight or in x: of v, which comes
@@ -62,10 +62,36 @@ def convolution_gradients(
     if (act, gain, clamp, any(want_sums)) == ("linear", 1.0, None, False) and dy.stride() == y.stride():
         g, parts = dy, [None] * 3
     else:
-        activation = (dy, y, noise, noise_strength, act, gain, clamp, *want_sums)
-        g, *parts, _ = launch_best("modulated_conv2d", "act_backward", *activation)
+        geometry, shifts = (x, weight, resample_filter, up), (noise, noise_strength, bias)
+        g, *parts, _ = _through_activation(backend, dy, y, geometry, shifts, (act, gain, clamp), want_sums, False)
     inputs = (x, weight, noise, noise_strength, bias, resample_filter, up, down)
     return _behind_activation(backend, g, parts, *inputs, want_dx, want_dw)
+
+
+def _through_activation(
+    backend: str,
+    dy: Tensor,
+    y: Tensor,
+    geometry: tuple[Tensor, Tensor, Tensor | None, int],
+    shifts: tuple[Tensor | None, ...],
+    activation: tuple[str, float, float | None],
+    want_sums: list[bool],
+    want_dots: bool,
+) -> Any:
+    """`act_backward`: g, the parts of the sums, the dots. For `up`, where a leaf can, with h in place of g.
+
+    geometry: x, weight, resample_filter, up. shifts: noise, noise_strength, bias.
+    """
+    x, weight, f, up = geometry
+    if up == 2 and f is not None:
+        fir = (f, _up_padding(x, y, weight, f), True, 4.0)
+        args = (dy, y, *shifts, *activation, *want_sums, want_dots, *fir)
+        found = step_if_any("modulated_conv2d", "act_fir", backend, *args)
+        if found is not None:
+            return found
+    *noise, bias = shifts
+    of_dots = (bias, True) if want_dots else ()
+    return launch_best("modulated_conv2d", "act_backward", dy, y, *noise, *activation, *want_sums, *of_dots)
 
 
 def _behind_activation(
@@ -83,7 +109,7 @@ def _behind_activation(
     want_dx: bool,
     want_dw: bool,
 ) -> list[Tensor | None]:
-    """Gradients to x, weight, noise, noise_strength and bias of the convolution's gradient and these parts of sums."""
+    """Gradients to x, weight, noise, noise_strength and bias of g, or h, and these parts of sums."""
 
     def step(name: str, *args: Any) -> Any:
         return launch_step("modulated_conv2d", name, backend, *args)
@@ -136,8 +162,9 @@ def factor_gradients(
 
     since g z = dy y for an activation of slopes alone, and g = 0 beyond the clamp.
     """
-    activation = (noise, noise_strength, act, gain, clamp, *want_sums, bias, d is not None)
-    g, *parts, dots = launch_best("modulated_conv2d", "act_backward", dy, y, *activation)
+    geometry, shifts = (x, weight, resample_filter, up), (noise, noise_strength, bias)
+    activation = (act, gain, clamp)
+    g, *parts, dots = _through_activation(backend, dy, y, geometry, shifts, activation, want_sums, d is not None)
     inputs = (x, weight, noise, noise_strength, bias, resample_filter, up, down)
     return _of_factors(backend, g, parts, dots, *inputs, s, d)
 
@@ -274,12 +301,19 @@ def _fir(backend: str, x: Tensor, f: Tensor, *args: Any) -> Tensor:
     return y
 
 
+def _up_padding(x: Tensor, g: Tensor, weight: Tensor, f: Tensor) -> list[int]:
+    """Of the adjoint FIR, from g's size to that of the transposed convolution."""
+    k = weight.shape[-1]
+    size = [2 * (n - 1) + k for n in x.shape[2:]]
+    return adjoint(size, g.shape[2:], f, ONE, ONE, upsampling_padding(f, k))[2]
+
+
 def _up_gradients(
     backend: str, step: Any, g: Tensor, x: Tensor, weight: Tensor, f: Tensor, want_dx: bool, want_dw: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     k = weight.shape[-1]
-    size = [2 * (n - 1) + k for n in x.shape[2:]]  # of the transposed convolution
-    h = _fir(backend, g, f, *adjoint(size, g.shape[2:], f, ONE, ONE, upsampling_padding(f, k)), True, 4.0)
+    filtered = g.shape[-1] % 2 == 1  # h is odd in size, as a kernel is, and g is twice x
+    h = g if filtered else _fir(backend, g, f, ONE, ONE, _up_padding(x, g, weight, f), True, 4.0)
     dw, dx = _both(
         weight,
         [h, x],
