@@ -1,4 +1,4 @@
-// The drawing of finished pixels [N, 1, W, C], 16 to a warp, as the kernels of csrc/_modulated_conv2d_tile.cuh have them.
+// The drawing of finished pixels [N, 1, W, C], 16 to a warp, as csrc/_modulated_conv2d_tile.cuh has them.
 #include "_modulated_conv2d_drawing.cuh"
 
 using namespace clone_fast;
@@ -27,8 +27,8 @@ void drawing_kernel(Conv3x3 op) {
                 drawing.bias[lane % 4], drawn && x < op.width, drawn && x + 8 < op.width);
 }
 
-extern "C" void draw_pixels(int n, int width, int channels, void* y, int outputs, void* weight, const std::int64_t* strides,
-                            void* bias, bool bias_float, float clamp, void* rgb) {
+extern "C" void draw_pixels(int n, int width, int channels, void* y, int outputs, void* weight,
+                            const std::int64_t* strides, void* bias, bool bias_float, float clamp, void* rgb) {
     Conv3x3 op = {};
     op.n = n, op.width = width, op.out_channels = channels, op.y = y;
     op.drawing = {outputs, weight, bias, rgb, strides[0], strides[1], strides[2], bias_float, clamp};

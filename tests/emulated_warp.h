@@ -1,40 +1,14 @@
-// As much of csrc/_modulated_conv2d_load.cuh as _modulated_conv2d_drawing.cuh asks for, on a CPU: bfloat16, and mma.sync
-// as the PTX ISA lays its operands out over the lanes of a warp.
+// As much of csrc/_modulated_conv2d_load.cuh as _modulated_conv2d_drawing.cuh asks for, on a CPU: mma.sync as the PTX
+// ISA lays its operands out over the lanes of a warp.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <bit>
-#include <cstring>
 
+#include "launch.cuh"
 #include "modulated_conv2d.h"
-
-struct uint4 {
-    std::uint32_t x, y, z, w;
-};
 
 namespace clone_fast {
 
-using Bytes16 = uint4;
-struct Bfloat {
-    std::uint16_t bits;
-};
-inline float to_float(Bfloat x) { return std::bit_cast<float>(x.bits << 16); }
-template <typename T>
-T from_float(float x) {  // to the nearest, and to even
-    const auto bits = std::bit_cast<std::uint32_t>(x);
-    return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-template <typename T>
-Bytes16 load16(const T* from) {
-    Bytes16 unit;
-    std::memcpy(&unit, from, 16);
-    return unit;
-}
-template <typename T>
-std::uint32_t pack_pair(float low, float high) {
-    return from_float<T>(low).bits | from_float<T>(high).bits << 16;
-}
 template <typename T>
 std::uint32_t limited_pair(std::uint32_t pair, std::uint32_t low, std::uint32_t high) {
     const auto half = [](std::uint32_t word, int i) { return std::bit_cast<float>(word >> 16 * i << 16); };

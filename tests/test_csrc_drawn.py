@@ -112,9 +112,11 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Any:
     if shutil.which("g++") is None:
         pytest.skip("no g++ here")
     folder: Path = tmp_path_factory.mktemp("drawing")
-    for name in ("_modulated_conv2d_drawing.cuh", "modulated_conv2d.h", "dtype.h"):
+    for name in ("_modulated_conv2d_drawing.cuh", "modulated_conv2d.h", "launch.cuh", "dtype.h"):
         shutil.copy(ROOT / "csrc" / name, folder)
     shutil.copy(ROOT / "tests" / "emulated_cuda.h", folder / "cuda_runtime.h")
+    for name in ("cuda_fp16.h", "cuda_bf16.h"):
+        (folder / name).write_text("#include <cuda_runtime.h>\n")
     shutil.copy(ROOT / "tests" / "emulated_warp.h", folder / "_modulated_conv2d_load.cuh")
     source = ROOT / "tests" / "emulated_drawing.cu"
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", "-I.", "-x", "c++"]

@@ -170,7 +170,7 @@ def launch_drawn(
     """y as `launch` makes it, and what a 1x1 convolution draws of it: rgb = clamp(conv(y, rgb_weight) + rgb_bias).
 
     rgb_weight is [F, O, 1, 1] or [N, F, O, 1, 1] in x's dtype, of any strides, with F from 1 to 4; rgb_bias [F]. rgb is
-    [N, F, H, W] in x's dtype, channels_last: summed in float32 over the channels of the rounded y, and rounded once.
+    [N, F, H, W] in x's dtype and layout: summed in float32 over the channels of the rounded y, and rounded once.
     `portable` and `blocks` are those of `_conv3x3`.
     """
     n, _, height, width = x.shape
@@ -188,7 +188,8 @@ def launch_drawn(
         clamp=inf if rgb_clamp is None else rgb_clamp,
     )
     epilogue = (noise, noise_strength, bias, SLOPES[act], gain, clamp)
-    return _conv3x3(x, weight, False, *epilogue, portable, blocks, drawing), rgb
+    y = _conv3x3(x, weight, False, *epilogue, portable, blocks, drawing)
+    return y, _in_layout_of(rgb, x)
 
 
 def supports_wgrad(
