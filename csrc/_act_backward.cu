@@ -11,7 +11,7 @@ namespace {
 
 constexpr const char* kOp = "modulated_conv2d";
 constexpr int kThreads = 256, kBlocks = 2;  // on a multiprocessor
-constexpr int kFewest = 4;                  // steps of a thread at least: a block also has sums to write
+constexpr int kFewest = 2;                  // steps of a thread at least: a block also has sums to write
 
 
 // Pixels whose numbers a thread asks for at once: as many as its registers have room for.

@@ -5,6 +5,7 @@ On a CPU csrc/_upfirdn2d_gate.cu runs emulated, which covers the order of its co
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import sys
@@ -21,7 +22,7 @@ from grids import as_layout, assert_close_as_dtype
 from naive import array
 from torch import Tensor
 
-from clone_fast.ops import dispatch, modulated_conv2d, setup_filter
+from clone_fast.ops import convolution_gradients, dispatch, modulated_conv2d, setup_filter
 from clone_fast.ops.dispatch import Leaf
 from clone_fast.reference.upfirdn2d import upfirdn2d
 
@@ -56,7 +57,8 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def leaf(device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     if device == "cuda":
-        return pytest.importorskip("clone_fast.cuda._act_fir", reason="needs clone_fast._C")
+        pytest.importorskip("clone_fast._C")
+        return importlib.import_module("clone_fast.cuda._act_fir")
     return emulation.leaf("_act_fir", request.getfixturevalue("compiled"), monkeypatch)
 
 
@@ -230,19 +232,20 @@ IN_TWO = {"act_backward", "launch"}  # the latter is upfirdn2d's
 
 
 @pytest.mark.parametrize(
-    ("up", "act", "frozen", "refused", "steps"),
+    ("up", "act", "frozen", "least", "refused", "steps"),
     [
-        (2, "lrelu", False, False, {"act_fir"}),
-        (2, "lrelu", True, False, {"act_fir"}),
-        (2, "lrelu", False, True, IN_TWO),
-        (2, "lrelu", True, True, IN_TWO),
-        (2, "linear", False, False, {"launch"}),  # where there is nothing to do but to filter
-        (1, "lrelu", False, False, {"act_backward"}),
-        (1, "lrelu", True, False, {"act_backward"}),
+        (2, "lrelu", False, 64, False, {"act_fir"}),
+        (2, "lrelu", True, 64, False, {"act_fir"}),
+        (2, "lrelu", False, 65, False, IN_TWO),
+        (2, "lrelu", False, 64, True, IN_TWO),
+        (2, "lrelu", True, 64, True, IN_TWO),
+        (2, "linear", False, 64, False, {"launch"}),  # where there is nothing to do but to filter
+        (1, "lrelu", False, 16, False, {"act_backward"}),
+        (1, "lrelu", True, 16, False, {"act_backward"}),
     ],
 )
 def test_when_it_is_taken(
-    up: int, act: str, frozen: bool, refused: bool, steps: set[str], monkeypatch: pytest.MonkeyPatch
+    up: int, act: str, frozen: bool, least: int, refused: bool, steps: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[str] = []
 
@@ -257,6 +260,7 @@ def test_when_it_is_taken(
             functions["supports_act_fir"] = lambda *args: "not this one"
         return Leaf(types.SimpleNamespace(**functions))
 
+    monkeypatch.setattr(convolution_gradients, "IN_ONE_PASS", least)
     monkeypatch.setattr(dispatch, "leaf", noting)
     monkeypatch.setattr(sys.modules["clone_fast.ops.modulated_conv2d"], "resolve", lambda *args: "triton")
     x, weight = torch.randn(1, 8, 4, 4, dtype=torch.bfloat16), torch.randn(16, 8, 3, 3)
@@ -279,7 +283,8 @@ def test_when_it_is_taken(
 )
 def test_large_images(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """And the sums and dots as the Triton leaf goes on with them, the same every time."""
-    leaf: Any = pytest.importorskip("clone_fast.cuda._act_fir", reason="needs clone_fast._C")
+    pytest.importorskip("clone_fast._C")
+    leaf: Any = importlib.import_module("clone_fast.cuda._act_fir")
     from clone_fast.kernels import modulated_conv2d as triton
 
     args = made(shape, dtype, "cuda", EPILOGUES[0], "each", True)

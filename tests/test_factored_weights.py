@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from clone_fast.nn import Architecture, Generator
-from clone_fast.ops import dispatch, explain, factored_weights, modulated_conv2d, setup_filter
+from clone_fast.ops import convolution_gradients, dispatch, explain, factored_weights, modulated_conv2d, setup_filter
 from clone_fast.ops.dispatch import Leaf
 
 OPS = torch.ops.clone_fast
@@ -48,6 +48,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(dispatch, "leaf", leaf)
     for op in dispatch.OPS:
         monkeypatch.setattr(sys.modules[f"clone_fast.ops.{op}"], "resolve", lambda *args: LEAF)
+    monkeypatch.setattr(convolution_gradients, "IN_ONE_PASS", 0)
     monkeypatch.setattr(factored_weights, "FEWEST", 2)
     monkeypatch.setattr(factored_weights, "SMALLEST", 1)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)

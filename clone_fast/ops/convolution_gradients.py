@@ -32,6 +32,7 @@ Found = TypeVar("Found")
 
 ONE = [1, 1]
 TWO = [2, 2]
+IN_ONE_PASS = 512 * 512  # pixels; of fewer, activation and filter are slower in one pass, as they do not run alone
 
 
 def convolution_gradients(
@@ -83,7 +84,7 @@ def _through_activation(
     geometry: x, weight, resample_filter, up. shifts: noise, noise_strength, bias.
     """
     x, weight, f, up = geometry
-    if up == 2 and f is not None:
+    if up == 2 and f is not None and y.shape[2] * y.shape[3] >= IN_ONE_PASS:
         fir = (f, _up_padding(x, y, weight, f), True, 4.0)
         args = (dy, y, *shifts, *activation, *want_sums, want_dots, *fir)
         found = step_if_any("modulated_conv2d", "act_fir", backend, *args)
