@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clone_fast.capture import Captured
 from clone_fast.nn import Architecture, Discriminator, Generator, Network
+from clone_fast.nn.layers import run
 from clone_fast.ops import streams
 from clone_fast.ops.streams import SMALL, as_it_comes, aside, beside, joined, left_beside, made_beside, ready
 
@@ -260,6 +261,29 @@ def test_what_a_lane_reads_is_not_added_to_in_place() -> None:
         replay()
         torch.testing.assert_close(total[0], 36 * weight.detach())
         torch.testing.assert_close(total[1], 6 * weight.detach() + 2)
+
+
+@pytest.mark.parametrize("lane", ["image", None])
+def test_what_a_recomputation_leaves_aside_is_waited_for(lane: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture that ends before a lane has joined is an error, and nothing that was computed once more is used."""
+    machine = play_streams(monkeypatch)
+
+    class Block(torch.nn.Module):
+        calls = 0
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            self.calls += 1
+            y = x.square()
+            aside(x.device, "image", lambda: machine.launch(f"draw {self.calls}"), [y])
+            return y, y.sin()
+
+    block, x = Block(), torch.ones(3, requires_grad=True)
+    results = run(block, x, recompute=True, lane=lane)
+    joined(x.device, "image")
+    sum(one.sum() for one in results).backward()
+    assert block.calls == 2
+    assert machine.lanes["image"].done >= {"draw 1", "draw 2"}
+    assert ("draw 2" in machine.main.done) == (lane is not None)
 
 
 @pytest.mark.gpu

@@ -26,6 +26,7 @@ from clone_fast.nn.layers import (
 from clone_fast.nn.mapping import MappingNetwork
 from clone_fast.ops import modulated_conv2d, modulated_conv2d_torgb, setup_filter, styles, upsample2d_add
 from clone_fast.ops.bias_act import ACTIVATIONS
+from clone_fast.ops.modulated_conv2d_torgb import IMAGE_LANE
 from clone_fast.ops.streams import aside, at_home, beside, joined, made_beside, ready, side_by_side
 
 NOISE_MODES = ("const", "random", "none")
@@ -338,11 +339,11 @@ class SynthesisNetwork(nn.Module):
         for resolution in self.block_resolutions:
             block: Any = self.get_submodule(f"b{resolution}")
             given = prepared(resolution)
-            x, rgb = run(block, x, given, recompute=recompute)
+            x, rgb = run(block, x, given, recompute=recompute, lane=IMAGE_LANE)
             # beside the next blocks, which do not need it
             reads = [rgb] if img is None else [rgb, img]
-            img = aside(x.device, "image", partial(block.image, rgb, img), reads)
-        joined(x.device, "image")
+            img = aside(x.device, IMAGE_LANE, partial(block.image, rgb, img), reads)
+        joined(x.device, IMAGE_LANE)
         image: Tensor = img
         return image
 

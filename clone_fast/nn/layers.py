@@ -6,6 +6,7 @@ Weights are stored at unit variance and scaled when used (equalised learning rat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from clone_fast.nn.architecture import RESAMPLE_TAPS
 from clone_fast.ops import bias_act, conv2d_add, is_fast, modulated_conv2d, setup_filter
 from clone_fast.ops.bias_act import ACTIVATIONS
 from clone_fast.ops.finished_weights import scaled_weight
+from clone_fast.ops.streams import joining, side_by_side
 
 FP16_CLAMP = 256.0  # of activations in float16 where the architecture names none, as in NVIDIA's networks
 
@@ -43,12 +45,19 @@ def fast_layout(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.to(dtype, memory_format=torch.channels_last)
 
 
-def run(block: nn.Module, *args: Any, recompute: bool) -> Any:
+def run(block: nn.Module, *args: Any, recompute: bool, lane: str | None = None) -> Any:
     """block(*args). recompute: keep its arguments alone for the backward, and compute what that needs once more there
-    (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"). Nothing in a block is random."""
+    (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"). Nothing in a block is random.
+
+    lane: where a part of the block goes aside. The caller waits for it; of what is computed once more nobody would.
+    """
     if not (recompute and torch.is_grad_enabled()):
         return block(*args)
-    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+    device: torch.device = args[0].device
+    contexts: dict[str, Any] = {}
+    if lane is not None and side_by_side(device):
+        contexts["context_fn"] = lambda: (nullcontext(), joining(device, lane))
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 
 def limit_in(dtype: torch.dtype, conv_clamp: float | None) -> float | None:

@@ -31,6 +31,7 @@ from clone_fast.reference.bias_act import ACTIVATIONS, activation_defaults
 
 __all__ = ["modulated_conv2d_torgb"]
 
+IMAGE_LANE = "image"  # who draws waits for it: `streams.joined`
 SAME = (None, 1, 1)  # no filter, and nothing resampled
 # positions: 0 to 4, 8 and 9 are the convolution's, its weight or that one's factors; 10 and 11 the image's
 ARGUMENTS = (
@@ -50,7 +51,7 @@ def _run(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
     draw = partial(finished_weights.run, backend, y, rgb_weight, None, None, rgb_bias, *SAME, *UNCHANGED[:2], rgb_clamp)
     # beside the next blocks, which do not need it
     reads = [one for one in (y, rgb_weight, rgb_bias) if one is not None]
-    return y, as_result(aside(x.device, "image", draw, reads), x)
+    return y, as_result(aside(x.device, IMAGE_LANE, draw, reads), x)
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:

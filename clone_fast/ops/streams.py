@@ -256,6 +256,15 @@ def joined(device: torch.device, lane: str) -> None:
             torch.cuda.current_stream(device).wait_stream(other)
 
 
+@contextmanager
+def joining(device: torch.device, lane: str) -> Iterator[None]:
+    """The current stream waits in the end for what goes `aside` on this lane, however this ends."""
+    try:
+        yield
+    finally:
+        joined(device, lane)
+
+
 def _takes_part(lane: torch.cuda.Stream) -> bool:
     """Whether it is captured."""
     with torch.cuda.stream(lane):
