@@ -13,7 +13,6 @@ constexpr const char* kOp = "modulated_conv2d";
 constexpr int kThreads = 256, kBlocks = 2;  // on a multiprocessor
 constexpr int kFewest = 2;                  // steps of a thread at least: a block also has sums to write
 
-
 // Pixels whose numbers a thread asks for at once: as many as its registers have room for.
 template <typename T, int kFew>
 constexpr int kAhead = kFew > 0 && sizeof(T) == 2 ? 2 : 4;
@@ -126,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) act_backward_kernel(const _
                     value[i] = fmaf(colours[s][f], w[f][i], value[i]);
                     wide[1 + f][i] = fmaf(colours[s][f], z[i], wide[1 + f][i]);
                 }
-                const bool open = fabsf(z[i]) < op.clamp;
+                const bool open = !(fabsf(z[i]) >= op.clamp);
                 const float whole = value[i];
                 value[i] *= z[i] > 0.0f ? op.positive : op.negative;
                 value[i] = open ? value[i] : 0.0f;

@@ -32,7 +32,7 @@ struct ActBackward {
     const void* w;            // channel f, c of sample n at n * w_n + f * w_f + c * w_c
     std::int64_t w_n, w_f, w_c;
     float positive, negative;  // the slope where y > 0, and elsewhere
-    float clamp;               // where |y| is not below it, g is 0; infinity: none
+    float clamp;               // from |y| = clamp on g is 0; NaN: none, since no comparison with it is true
     float* bias_sums;          // [n, shares, channels]: of g; null: not wanted, as all that follow
     float* strength_sums;      // [n, shares]: of g * noise
     float* dots;               // [n, shares, channels]: of dy y - g (noise * strength + bias), dy with what w brings

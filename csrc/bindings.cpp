@@ -176,7 +176,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("modulated_conv2d_3x3_wgrad_floats", &modulated_conv2d_3x3_wgrad_floats);
     module.def("modulated_conv2d_3x3_wgrad_partials", &modulated_conv2d_3x3_wgrad_partials);
 
-    // ---- modulated_conv2d, the gradient of what follows
+    // ---- act_backward
     py::class_<ActBackward>(module, "ActBackward")
         .def(py::init([](int dtype, int n, int channels, int pixels, int shares, int few, Address dy, Address y,
                          Address g, Address noise, std::int64_t noise_stride, Address strength, Address bias,

@@ -29,7 +29,8 @@ def loaded(name: str, path: Path) -> Any:
 def extension(op: str, folder: Path, part: str = "") -> ModuleType:
     """What bindings.cpp says of an op, csrc/<op>.cu, as an extension of its own, compiled into this folder.
 
-    part: of a part of the op alone, csrc/_<part>.cu, and of the bindings that begin with its name.
+    part: of a part of the op alone, csrc/_<part>.cu, and of the bindings that begin with its name. The header may be
+    of the part alone, too.
     """
     pybind11 = pytest.importorskip("pybind11")
     if not (ROOT / "csrc").exists():
@@ -45,6 +46,7 @@ def extension(op: str, folder: Path, part: str = "") -> ModuleType:
     for stand_in in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
         shutil.copy(ROOT / "tests" / "emulated_cuda.h", folder / stand_in)
     shutil.copy(ROOT / "tests" / "emulated_upfirdn2d_ptx.h", folder / "_upfirdn2d_ptx.cuh")
+    header = next(name for name in (f"{op}.h", f"_{part}.h") if (ROOT / "csrc" / name).exists())
     bindings = (ROOT / "csrc" / "bindings.cpp").read_text()
     helpers = bindings[bindings.index("namespace py =") : bindings.index("PYBIND11_MODULE")]
     found = bindings[bindings.index(f"    // ---- {op}\n") :].removesuffix("}\n")
@@ -52,7 +54,7 @@ def extension(op: str, folder: Path, part: str = "") -> ModuleType:
     entries = re.split(r"^(?=    module\.)", found, flags=re.MULTILINE)
     found = "".join(entry for entry in entries if not entry.startswith("    module.") or f'"{part}' in entry)
     (folder / "bindings.cpp").write_text(
-        f'#include <pybind11/pybind11.h>\n#include <pybind11/stl.h>\n#include "{op}.h"\n'
+        f'#include <pybind11/pybind11.h>\n#include <pybind11/stl.h>\n#include "{header}"\n'
         f"{helpers}\nPYBIND11_MODULE({name}, module) {{\n"
         f"const py::call_guard<py::gil_scoped_release> unlocked;\n{found}\n}}\n"
     )

@@ -6,9 +6,10 @@ import functools
 import importlib
 import itertools
 import math
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import emulated
 import pytest
 import spec_leaf
 import torch
@@ -27,12 +28,23 @@ FLAGS = [(True, True, True, True, True), (False, True, True, True, False), (Fals
 leaf = functools.partial(leaf_on, "modulated_conv2d")
 
 
-def in_cuda() -> Any:
-    """The leaf in CUDA C++; what it leaves of sums, Triton's adds."""
-    pytest.importorskip("clone_fast._C")
-    others = {name: getattr(leaf("cuda"), name) for name in ("launch_act_sums", "launch_pointwise_sums")}
-    module = importlib.import_module("clone_fast.cuda.modulated_conv2d")
-    return SimpleNamespace(**{name: getattr(module, name) for name in module.__all__}, **others)
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return emulated.extension("act_backward", tmp_path_factory.mktemp("emulated"), "act_backward")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def in_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The leaf in CUDA C++, or its source on a CPU; what it leaves of sums, another adds. And the device."""
+    adding = leaf("cuda") if request.param == "cuda" else spec_leaf.steps("modulated_conv2d")
+    others = {name: getattr(adding, name) for name in ("launch_act_sums", "launch_pointwise_sums")}
+    if request.param == "cuda":
+        pytest.importorskip("clone_fast._C")
+        module: Any = importlib.import_module("clone_fast.cuda._act_backward")
+    else:
+        module = emulated.leaf("_act_backward", request.getfixturevalue("compiled"), monkeypatch)
+    names = [name for name in dir(module) if name.startswith(("launch_", "supports_"))]
+    return SimpleNamespace(**{name: getattr(module, name) for name in names}, **others, device=request.param)
 
 
 def check(
@@ -147,42 +159,57 @@ def test_step_of_large_images(shape: tuple[int, ...], dtype: torch.dtype, nan_em
         check(leaf("cuda"), shape, dtype, "channels_last contiguous", EPILOGUES[1], True, "cuda", with_dy, flags)
 
 
-IN_CUDA = [(2, 8, 3, 4, 7), (1, 32, 3, 8, 9), (3, 40, 3, 3, 3), (1, 64, 3, 1, 1), (2, 512, 3, 4, 4), (1, 1024, 3, 3, 2),
-           (2, 32, 3, 256, 255), (1, 64, 3, 512, 512)]  # fmt: skip
+IN_CUDA = [(2, 8, 3, 4, 7), (1, 32, 3, 8, 9), (3, 40, 3, 3, 3), (1, 64, 3, 1, 2), (2, 512, 3, 4, 4), (1, 1024, 3, 3, 2)]
 
 
-@needs_gpu
 @pytest.mark.parametrize("image", [True, False], ids=["drawn", "alone"])
 @pytest.mark.parametrize("shape", IN_CUDA, ids=str)
-def test_step_in_cuda(shape: tuple[int, ...], image: bool, nan_empty: None) -> None:
-    functions, flags = in_cuda(), [(False, *others) for others in itertools.product([True, False], repeat=4)]
+def test_step_in_cuda(shape: tuple[int, ...], image: bool, in_cuda: Any, nan_empty: None) -> None:
+    flags = [(False, *others) for others in itertools.product([True, False], repeat=4)]
     for dtype in torch.float32, torch.float16, torch.bfloat16:
-        for of_image, own in itertools.product(["channels_last", "contiguous"], [True, False]):
+        for of_image, own in (("channels_last", True), ("contiguous", False)):
             layouts = f"channels_last {of_image}"
-            check(functions, shape, dtype, layouts, EPILOGUES[0], own, "cuda", True, flags[0], image)
+            check(in_cuda, shape, dtype, layouts, EPILOGUES[0], own, in_cuda.device, True, flags[0], image)
     for epilogue in EPILOGUES[1:] if image else EPILOGUES[1:3]:
-        check(functions, shape, torch.bfloat16, "channels_last strided", epilogue, True, "cuda", True, flags[0], image)
-    for some, with_dy in itertools.product(flags, [True, False] if image else [True]):
-        args = ("channels_last channels_last", EPILOGUES[0], True, "cuda", with_dy, some, image)
-        check(functions, shape, torch.bfloat16, *args)
+        args = ("channels_last strided", epilogue, True, in_cuda.device, True, flags[0], image)
+        check(in_cuda, shape, torch.bfloat16, *args)
+    for some, with_dy in itertools.product(flags[1::6], [True, False] if image else [True]):
+        args = ("channels_last channels_last", EPILOGUES[0], True, in_cuda.device, with_dy, some, image)
+        check(in_cuda, shape, torch.bfloat16, *args)
 
 
 @needs_gpu
-def test_reasons_in_cuda() -> None:
-    functions = in_cuda()
+@pytest.mark.parametrize("in_cuda", ["cuda"], indirect=True)
+@pytest.mark.parametrize("shape", [(2, 32, 3, 256, 255), (1, 64, 3, 512, 512), (5, 512, 3, 33, 64)], ids=str)
+def test_step_in_cuda_of_large_images(shape: tuple[int, ...], in_cuda: Any, nan_empty: None) -> None:
+    for dtype, image in itertools.product([torch.float32, torch.bfloat16], [True, False]):
+        args = ("channels_last contiguous", EPILOGUES[1], True, "cuda", True, (False, True, True, True, True), image)
+        check(in_cuda, shape, dtype, *args)
 
+
+def test_infinity_passes_where_there_is_no_clamp(in_cuda: Any) -> None:
+    y = torch.full([1, 8, 2, 2], math.inf, device=in_cuda.device).to(memory_format=torch.channels_last)
+    dy = torch.ones_like(y)
+    for clamp, want in ((None, 0.7), (3.0, 0.0)):
+        g, *_ = in_cuda.launch_act_backward(dy, y, None, None, "lrelu", 0.7, clamp, False, False, True)
+        assert torch.equal(g, torch.full_like(y, want))
+
+
+def test_reasons_in_cuda(in_cuda: Any) -> None:
     def why(channels: int = 8, wanted: bool = False, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
-        y = torch.ones(1, channels, 2, 2, device="cuda").to(torch.bfloat16, memory_format=torch.channels_last)
-        given = {"dy": y, "y": y, "noise": torch.ones(2, 2, device="cuda", dtype=dtype), "act": "lrelu"} | changes
+        y = torch.ones(1, channels, 2, 2, device=in_cuda.device)
+        y = y.to(torch.bfloat16, memory_format=torch.channels_last)
+        noise = torch.ones(2, 2, device=in_cuda.device, dtype=dtype)
+        given = {"dy": y, "y": y, "noise": noise, "act": "lrelu"} | changes
         args = (given["dy"], given["y"], given["noise"], None, given["act"], 1.0, None)
-        return functions.supports_act_backward(*args, wanted, True, True)
+        return in_cuda.supports_act_backward(*args, wanted, True, True)
 
     assert why() is None
     assert "for the noise itself" in why(wanted=True)
     assert "16 bytes" in why(channels=12)
     assert "at most 2048" in why(channels=4096)
     assert "one dtype, bfloat16" in why(dtype=torch.float32)
-    assert "channels_last" in why(y=torch.ones(1, 8, 2, 2, device="cuda").bfloat16())
+    assert "channels_last" in why(y=torch.ones(1, 8, 2, 2, device=in_cuda.device).bfloat16())
     assert "swish" in why(act="swish")
     assert "nothing but sums" in why(act="linear")
 

@@ -6,7 +6,7 @@ registers there, and loads are 16 bytes: it is the memory that it takes the time
 
 from __future__ import annotations
 
-from math import inf
+from math import inf, nan
 from typing import Any
 
 import torch
@@ -201,7 +201,7 @@ def _launch(
         w_strides=w_strides,
         positive=gain,
         negative=gain * SLOPES[act],
-        clamp=inf if clamp is None else rounded(clamp, y.dtype),
+        clamp=nan if clamp is None else rounded(clamp, y.dtype),
         bias_sums=pointer(bias_sums),
         strength_sums=pointer(strength_sums),
         dots=pointer(dots),
