@@ -17,7 +17,7 @@ from spec_leaf import steps
 from torch import Tensor, nn
 
 from clone_fast.latent import LatentSettings
-from clone_fast.nn import PRECISIONS, Architecture, Discriminator, Generator, Precision, settled
+from clone_fast.nn import PRECISIONS, Architecture, Discriminator, Generator, Precision, generator, settled
 from clone_fast.nn.layers import Conv2dLayer, in_one_go
 from clone_fast.nn.tables import bias_table
 from clone_fast.ops import dispatch
@@ -157,8 +157,22 @@ def test_own_dtype_by_name_changes_no_bit(kind: str) -> None:
         assert torch.equal(value, outcome(copy.deepcopy(module), given, image)[name]), name
 
 
+def watch_drawing(monkeypatch: pytest.MonkeyPatch, note: Callable[[Tensor, tuple[Tensor, Tensor]], None]) -> None:
+    """Shows the input and the results of the op that is two layers in one, which no layer's hooks see."""
+    op = generator.modulated_conv2d_torgb
+
+    def watched(x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        found = op(x, *args, **options)
+        note(x, found)
+        return found
+
+    monkeypatch.setattr(generator, "modulated_conv2d_torgb", watched)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
-def test_convolutions_run_in_the_dtype_and_nothing_else_does(dtype: torch.dtype) -> None:
+def test_convolutions_run_in_the_dtype_and_nothing_else_does(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     g, d = randomised(Generator(TINY)), randomised(Discriminator(TINY))
     seen: dict[str, tuple[torch.dtype, torch.dtype]] = {}
     for part in (g, d):
@@ -167,6 +181,10 @@ def test_convolutions_run_in_the_dtype_and_nothing_else_does(dtype: torch.dtype)
                 module.register_forward_hook(
                     lambda module, args, y, name=name: seen.update({name: (args[0].dtype, y.dtype)})
                 )
+    watch_drawing(
+        monkeypatch,
+        lambda x, both: seen.update({f"drawn {list(x.shape)} {i}": (x.dtype, y.dtype) for i, y in enumerate(both)}),
+    )
     image = g(torch.randn(4, 5), dtype=dtype)
     assert image.dtype == torch.float32
     assert d(image, dtype=dtype).dtype == torch.float32
@@ -187,7 +205,7 @@ def test_a_label_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize("limit", [None, 2.0])
-def test_float16_is_never_without_a_limit(limit: float | None) -> None:
+def test_float16_is_never_without_a_limit(limit: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations beyond float16 are cut at 256, or at what the architecture says; only in float16."""
     arch = Architecture(img_resolution=8, z_dim=4, w_dim=4, channel_max=4, conv_clamp=limit)
     g, d = Generator(arch), Discriminator(arch)
@@ -198,8 +216,10 @@ def test_float16_is_never_without_a_limit(limit: float | None) -> None:
                     parameter.fill_(1e5)
     ws, image = torch.randn(4, 4, 4), torch.rand(4, 3, 8, 8)
     high: list[float] = []
-    for block in (g.synthesis.b8.conv1, d.b8.conv1):
-        block.register_forward_hook(lambda module, args, y: high.append(y.abs().max().item()))
+    watch_drawing(
+        monkeypatch, lambda x, both: high.append(both[0].abs().max().item()) if x.shape[2] == 8 else None
+    )
+    d.b8.conv1.register_forward_hook(lambda module, args, y: high.append(y.abs().max().item()))
     assert g.synthesis(ws, dtype=torch.float16).isfinite().all()
     assert d(image, dtype=torch.float16).isfinite().all()
     assert high == pytest.approx([limit or 256, (limit or 256) * 0.5**0.5], rel=1e-3)
