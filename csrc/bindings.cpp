@@ -177,7 +177,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("modulated_conv2d_3x3_wgrad_partials", &modulated_conv2d_3x3_wgrad_partials);
 
     // ---- act_backward
-    py::class_<ActBackward>(module, "ActBackward")
+    py::class_<ActBackward>(module, "ActBackward", py::module_local())
         .def(py::init([](int dtype, int n, int channels, int pixels, int shares, int few, Address dy, Address y,
                          Address g, Address noise, std::int64_t noise_stride, Address strength, Address bias,
                          Address dimage, const std::array<int, 2>& image_strides, Address image,
