@@ -6,8 +6,8 @@ registers there, and loads are 16 bytes: it is the memory that it takes the time
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf, nan
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,19 +41,23 @@ def supports_act_backward(
     want_dots: bool = False,
 ) -> str | None:
     """None where `launch_act_backward` can run, else the reason why not."""
+    if (act, gain, clamp) == ("linear", 1.0, None) and not want_dots:
+        return "does nothing but sums"
+    return _reason(y, act, gain, want_noise and noise is not None, (dy, noise, noise_strength, bias))
+
+
+def _reason(y: Tensor, act: str, gain: float, want_noise: bool, others: Sequence[Tensor | None]) -> str | None:
+    """What speaks against this result, and against these tensors beside it."""
     reason = epilogue_reason(act, gain) or dtype_reason(y)
     if reason:
         return reason
-    if (act, gain, clamp) == ("linear", 1.0, None) and not want_dots:
-        return "does nothing but sums"
-    if want_noise and noise is not None:
+    if want_noise:
         return "has no sums over the channels for the noise itself"
     if layout_of(y) is not torch.channels_last:
         return "the result is not channels_last"
     if y.shape[1] * y.element_size() % 16 or y.shape[1] > _most_channels(y.dtype):
         return f"channels must fill 16 bytes and be at most {_most_channels(y.dtype)}, got {y.shape[1]}"
-    given = (dy, noise, noise_strength, bias)
-    if any(value is not None and value.dtype != y.dtype for value in given):
+    if any(other is not None and other.dtype != y.dtype for other in others):
         return f"all must have one dtype, {str(y.dtype).removeprefix('torch.')}"
     if y.shape[2] * y.shape[3] >= 2**29:
         return "too many pixels"
@@ -85,19 +89,23 @@ def supports_drawn_act_backward(
     image_weight: Tensor,
     image: Tensor | None,
     image_clamp: float | None,
-    *rest: Any,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    act: str,
+    gain: float,
+    clamp: float | None,
+    want_noise: bool,
+    want_strength: bool,
+    want_bias: bool,
+    bias: Tensor | None = None,
+    *_: bool,
 ) -> str | None:
     """None where `launch_drawn_act_backward` can run, else the reason why not."""
     few, channels, k = image_weight.shape[-4:-1]
     if (few, k) != (FEW, 1) or few >= channels:
         return f"an image of {FEW} channels by a 1x1 kernel from more, got {few} of {channels} by {k}x{k}"
-    given = (dimage, image_weight, image)
-    if any(value is not None and value.dtype != y.dtype for value in given):
-        return f"all must have one dtype, {str(y.dtype).removeprefix('torch.')}"
-    noise, noise_strength, act, gain, clamp, *wanted = rest
-    activation = (noise, noise_strength, act, gain, clamp, *wanted[:5])
-    reason = supports_act_backward(y if dy is None else dy, y, *activation)
-    return None if reason == "does nothing but sums" else reason
+    others = (dy, dimage, image_weight, image, noise, noise_strength, bias)
+    return _reason(y, act, gain, want_noise and noise is not None, others)
 
 
 def launch_drawn_act_backward(

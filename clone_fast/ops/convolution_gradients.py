@@ -227,16 +227,15 @@ def drawn_gradients(
     `factor_gradients`, and the weight has none.
     """
     want_dx, want_dw, *want_sums = wanted[:5]
-    want_factors, want_image = s is not None and any(wanted[5:7]), wanted[7:]
-
-    activation = (noise, noise_strength, act, gain, clamp, *want_sums, bias, want_factors and d is not None)
-    args = (dy, dimage, y, image_weight, image, image_clamp, *activation, *want_image)
+    factor = s if any(wanted[5:7]) else None
+    activation = (noise, noise_strength, act, gain, clamp, *want_sums, bias, factor is not None and d is not None)
+    args = (dy, dimage, y, image_weight, image, image_clamp, *activation, *wanted[7:])
     g, *parts, dots, of_image_weight, of_image_bias = launch_best("modulated_conv2d", "drawn_act_backward", *args)
     # ahead of the convolution, which the lanes that add these up would wait for
     dw_image, _, _, db_image = _pointwise_summed(backend, (of_image_weight, of_image_bias), image_weight, image_bias)
     inputs = (x, weight, noise, noise_strength, bias, None, 1, 1)
-    if want_factors and s is not None:
-        dx, ds, dd, *sums = _of_factors(backend, g, parts, dots, *inputs, s, d)
+    if factor is not None:
+        dx, ds, dd, *sums = _of_factors(backend, g, parts, dots, *inputs, factor, d)
         return [dx, None, *sums, ds, dd, dw_image, db_image]
     dx, dw, *sums = _behind_activation(backend, g, parts, *inputs, want_dx, want_dw)
     return [dx, dw, *sums, None, None, dw_image, db_image]

@@ -107,7 +107,8 @@ def _exact(x: Tensor, weight: Tensor, styles: Tensor | None, **options: Any) -> 
     return as_result(spec.modulated_conv2d(x, weight, styles, **options), x)
 
 
-def _in_dtype(value: Tensor | None, x: Tensor) -> Tensor | None:
+def in_dtype(value: Tensor | None, x: Tensor) -> Tensor | None:
+    """A small tensor as x's kernels read it; None stays."""
     return None if value is None else value.to(x.dtype)
 
 
@@ -239,7 +240,7 @@ def modulated_conv2d(
             eps=float(eps),
         )
         return exact
-    rest = (*(_in_dtype(value, x) for value in (noise, noise_strength, bias)), *geometry)
+    rest = (*(in_dtype(value, x) for value in (noise, noise_strength, bias)), *geometry)
     if styles is not None and serves(x, weight, styles):
         y = factored_conv2d(x, weight, styles, demodulate, float(eps), *rest, backend=chosen)
     else:

@@ -22,10 +22,11 @@ from clone_fast.ops.modulated_conv2d import (
     UNCHANGED,
     check_arguments,
     fused_activation,
+    in_dtype,
     modulated_conv2d,
     modulated_weights,
 )
-from clone_fast.ops.registration import Recorded, as_result, composite_gradients, empty_result, like, register
+from clone_fast.ops.registration import Recorded, composite_gradients, empty_result, like, register
 from clone_fast.ops.streams import aside
 from clone_fast.reference.bias_act import ACTIVATIONS, activation_defaults
 
@@ -51,7 +52,7 @@ def _run(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
     draw = partial(finished_weights.run, backend, y, rgb_weight, None, None, rgb_bias, *SAME, *UNCHANGED[:2], rgb_clamp)
     # beside the next blocks, which do not need it
     reads = [one for one in (y, rgb_weight, rgb_bias) if one is not None]
-    return y, as_result(aside(x.device, IMAGE_LANE, draw, reads), x)
+    return y, aside(x.device, IMAGE_LANE, draw, reads)
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -177,7 +178,7 @@ def modulated_conv2d_torgb(
         return y, modulated_conv2d(y, rgb_weight, rgb_styles, **options)  # type: ignore[arg-type]
     made, s, d = _weights(x, weight, styles, float(eps))
     of_image = modulated_weights(rgb_weight, rgb_styles, x, False, float(eps), lane="rgb weights")
-    small = [None if one is None else one.to(x.dtype) for one in (noise, noise_strength, bias, rgb_bias)]
+    small = [in_dtype(one, x) for one in (noise, noise_strength, bias, rgb_bias)]
     rgb_limit = None if rgb_clamp is None else float(rgb_clamp)
     both: tuple[Tensor, Tensor] = _op(
         x, made.to(x.dtype), *small[:3], *last, s, d, of_image.to(x.dtype), small[3], rgb_limit, chosen
