@@ -11,14 +11,7 @@ struct Gate {
     static constexpr auto kernel = fir::gate_kernel<T, kNoise, kDots>;
     using Windows = fir::Gated<T, kNoise, kDots>;
 
-    static fir::Grid cut(const Upfirdn2d& a) {
-        const int vectors = fir::vectors_of<T>(a.c);
-        fir::Grid g = fir::cut<1, 1, Windows>(kernel, a, a.c / kLanes<T> / vectors, vectors, 100);
-        g.rows = ceil_div(g.rows + 3, 4) * 4 - 3;  // a block slides over the rows of its band and 3 more, 4 at a time
-        const int bands = ceil_div(a.oh, g.rows);
-        g.pieces = g.pieces / static_cast<int>(g.bands.divisor) * bands, g.bands = Divider(bands);
-        return g;
-    }
+    static fir::Grid cut(const Upfirdn2d& a) { return fir::cut_in_fours<T, Windows>(kernel, a); }
 };
 
 template <typename Function>

@@ -35,6 +35,26 @@ __device__ __forceinline__ Bytes16 within(Bytes16 gradients, Bytes16 results, fl
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// What the threads have added up, over the columns of each piece of the block: [pieces, channels of a split], in the same
+// order every time.
+template <int kV>
+__device__ __forceinline__ void add_up(const float (&mine)[kV], const Grid& g, float* to) {
+    extern __shared__ Bytes16 ring[];
+    float* sums = reinterpret_cast<float*>(ring);  // [pieces of the block, columns, channels of a split]
+    const int lanes = g.lanes.divisor, channels = g.vectors.divisor * kV, pieces = kThreads / lanes;
+    __syncthreads();  // nobody reads what lay there
+#pragma unroll
+    for (int q = 0; q < kV; ++q) sums[threadIdx.x * kV + q] = mine[q];
+    __syncthreads();
+    const int first = blockIdx.x * pieces, here = min(pieces, g.pieces - first);
+    for (int i = threadIdx.x; i < here * channels; i += kThreads) {
+        const int piece = i / channels, channel = i % channels;
+        float sum = 0.0f;
+        for (int group = 0; group < g.columns; ++group) sum += sums[piece * lanes * kV + group * channels + channel];
+        to[first * channels + i] = sum;
+    }
+}
+
 // A thread makes of the gradient and the result that it has copied itself the gradient before the activation, rounded
 // to T, between the arrival of its copies and the barrier behind which all read them. Each pixel belongs to the piece
 // below whose output it lies; a thread adds up what it made of its piece's.
@@ -153,7 +173,7 @@ struct Gated : Vectors<T, 1, 1, true, false> {
         Base::template read_row<u>(window);
     }
 
-    // What the block has added up, in the same order every time.
+    // What the block has added up.
     __device__ __forceinline__ void end_gate(const Place& at) {
         wait_for_copies<0>();  // into memory that is used again
         if (gating->of_strength) {
@@ -166,30 +186,23 @@ struct Gated : Vectors<T, 1, 1, true, false> {
             for (int q = 0; q < kV; ++q) {
                 if (gating->bias) of_dots[q] = fmaf(-to_float(gating->bias[channel + q]), of_bias[q], of_dots[q]);
             }
-            add_up(of_dots, gating->of_dots);
+            add_up(of_dots, *grid, gating->of_dots);
         }
-        if (gating->of_bias) add_up(of_bias, gating->of_bias);
-    }
-    // Over the columns of each piece of the block: [pieces, channels of a split].
-    __device__ __forceinline__ void add_up(const float (&mine)[kV], float* to) {
-        extern __shared__ Bytes16 ring[];
-        float* sums = reinterpret_cast<float*>(ring);  // [pieces of the block, columns, channels of a split]
-        const int lanes = grid->lanes.divisor, channels = grid->vectors.divisor * kV, pieces = kThreads / lanes;
-        __syncthreads();  // nobody reads what lay there
-#pragma unroll
-        for (int q = 0; q < kV; ++q) sums[threadIdx.x * kV + q] = mine[q];
-        __syncthreads();
-        const int first = blockIdx.x * pieces, here = min(pieces, grid->pieces - first);
-        for (int i = threadIdx.x; i < here * channels; i += kThreads) {
-            const int piece = i / channels, channel = i % channels;
-            float sum = 0.0f;
-            for (int group = 0; group < grid->columns; ++group) {
-                sum += sums[piece * lanes * kV + group * channels + channel];
-            }
-            to[first * channels + i] = sum;
-        }
+        if (gating->of_bias) add_up(of_bias, *grid, gating->of_bias);
     }
 };
+
+// How an image is cut up for these windows, in channels_last: a block slides over the rows of its band and 3 more, 4 at a
+// time.
+template <typename T, class Windows, typename Kernel>
+Grid cut_in_fours(Kernel* kernel, const Upfirdn2d& a) {
+    const int vectors = vectors_of<T>(a.c);
+    Grid g = cut<1, 1, Windows>(kernel, a, a.c / kLanes<T> / vectors, vectors, 100);
+    g.rows = ceil_div(g.rows + 3, 4) * 4 - 3;
+    const int bands = ceil_div(a.oh, g.rows);
+    g.pieces = g.pieces / static_cast<int>(g.bands.divisor) * bands, g.bands = Divider(bands);
+    return g;
+}
 
 template <typename T, bool kNoise, bool kDots>
 __global__ void __launch_bounds__(kThreads, kDots ? 3 : kBlocks)  // the dots' registers leave room for no more

@@ -320,4 +320,15 @@ PYBIND11_MODULE(_C, module) {
         py::call_guard<py::gil_scoped_release>(), py::kw_only(), "op"_a, "dtype"_a, "x"_a, "f"_a, "y"_a, "result"_a,
         "noise"_a, "noise_stride"_a, "strength"_a, "bias"_a, "gain"_a, "slope"_a, "limit"_a, "of_bias"_a, "of_dots"_a,
         "of_strength"_a, "stream"_a);
+    module.def("upfirdn2d_slope_sums",
+               [](const Upfirdn2d& op, int dtype) { return upfirdn2d_slope_sums(Dtype{dtype}, op); });
+    module.def(
+        "upfirdn2d_slope",
+        [](const Upfirdn2d& op, int dtype, Address x, Address f, Address y, Address result, float gain, float slope,
+           float limit, Address of_bias, Address stream) {
+            const Upfirdn2dSlope sloping{pointer(result), gain, slope, limit, pointer<float>(of_bias)};
+            upfirdn2d_slope(Dtype{dtype}, pointer(x), pointer<float>(f), pointer(y), op, sloping, stream_of(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), "op"_a, "dtype"_a, "x"_a, "f"_a, "y"_a, "result"_a,
+        "gain"_a, "slope"_a, "limit"_a, "of_bias"_a, "stream"_a);
 }

@@ -60,6 +60,21 @@ void upfirdn2d_gate(Dtype dtype, const void* x, const float* f, void* y, const U
                     const Upfirdn2dGate& gate, cudaStream_t stream);
 std::pair<int, int> upfirdn2d_gate_sums(Dtype dtype, const Upfirdn2d& args, bool noise, bool dots);
 
+// What is filtered times the slope of y = clamp(gain * act(z)), read off y: the gradient to z, where x filtered is that to
+// y. Tensors in x's dtype.
+struct Upfirdn2dSlope {
+    const void* result;  // y, of the result's size and layout
+    float gain, slope;   // slope: what the activation multiplies numbers below zero by
+    float limit;         // the largest |y| below the clamp, a number of the dtype; infinity: none
+    float* of_bias;      // [n, rows, c], sums over the pixels, in float32; null: not wanted
+};
+
+// A 4x4 filter without resampling and that behind it, channels_last in vectors of 16 bytes; and how many rows of sums it
+// makes.
+void upfirdn2d_slope(Dtype dtype, const void* x, const float* f, void* y, const Upfirdn2d& args,
+                     const Upfirdn2dSlope& slope, cudaStream_t stream);
+int upfirdn2d_slope_sums(Dtype dtype, const Upfirdn2d& args);
+
 // With a 4x4 filter, up 2 and down 1, plus `other` [n, c, oh, ow], dense in the layout of x, of x's dtype or, where
 // that is float32, of any. What is added to float32 in NCHW may be in channels_last.
 void upfirdn2d_add(Dtype x_dtype, const void* x, const float* f, Dtype other_dtype, const void* other,

@@ -212,6 +212,13 @@ def act_fir(
     return upfirdn2d.upfirdn2d(g, f, padding=padding, flip_filter=flip, gain=filter_gain), *sums
 
 
+def fir_act(z: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
+    *activation, want_bias, f, padding, flip, filter_gain = args
+    dy = upfirdn2d.upfirdn2d(z, f, padding=padding, flip_filter=flip, gain=filter_gain)
+    g, _, _, bias_sums, _ = act_backward(dy, y, None, None, *activation, False, False, want_bias)
+    return g, bias_sums
+
+
 def drawn(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *epilogue, act, gain, clamp, image_weight, image_bias, image_clamp = args
     y = _convolution(x, weight, *epilogue, None, 1, 1, act, gain, clamp)
@@ -336,6 +343,7 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
         "launch_wgrad": wgrad,
         "launch_act_backward": act_backward,
         "launch_act_fir": act_fir,
+        "launch_fir_act": fir_act,
         "launch_drawn": drawn,
         "launch_drawn_act_backward": drawn_act_backward,
         "launch_act_sums": act_sums,
@@ -353,11 +361,11 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
 
 def steps(op: str, *, whole: bool = True) -> types.SimpleNamespace:
     """The leaf of an op; where it is not `whole`, modulated_conv2d has to be composed of steps where it resamples, and
-    the gradients of a 1x1 convolution and of an upsampling one, the former's sum with an image and the image drawn of a
+    the gradients of a 1x1 convolution and of a resampling one, the former's sum with an image and the image drawn of a
     result are, too."""
     functions = dict(SPEC[op])
     if op == "modulated_conv2d" and not whole:
-        for name in ("pointwise_backward", "act_fir", "conv_add", "drawn"):
+        for name in ("pointwise_backward", "act_fir", "fir_act", "conv_add", "drawn"):
             del functions[f"launch_{name}"]
         functions["supports"] = lambda *args: None if args[6:8] == (1, 1) else "fuses no resampling"
     if op in ("upfirdn2d", "modulated_conv2d"):

@@ -17,7 +17,7 @@ from spec_leaf import steps
 from torch import Tensor, nn
 
 from clone_fast.latent import LatentSettings
-from clone_fast.nn import PRECISIONS, Architecture, Discriminator, Generator, Precision, generator, settled
+from clone_fast.nn import PRECISIONS, Architecture, Discriminator, Generator, Precision, settled
 from clone_fast.nn.layers import Conv2dLayer, in_one_go
 from clone_fast.nn.tables import bias_table
 from clone_fast.ops import dispatch
@@ -157,16 +157,20 @@ def test_own_dtype_by_name_changes_no_bit(kind: str) -> None:
         assert torch.equal(value, outcome(copy.deepcopy(module), given, image)[name]), name
 
 
-def watch_drawing(monkeypatch: pytest.MonkeyPatch, note: Callable[[Tensor, tuple[Tensor, Tensor]], None]) -> None:
-    """Shows the input and the results of the op that is two layers in one, which no layer's hooks see."""
-    op = generator.modulated_conv2d_torgb
+def watch_pairs(monkeypatch: pytest.MonkeyPatch, note: Callable[[str, Tensor, tuple[Tensor, ...]], None]) -> None:
+    """Shows the input and the results of the ops that are two layers in one, which no layer's hooks see."""
 
-    def watched(x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        found = op(x, *args, **options)
-        note(x, found)
-        return found
+    def watched(name: str, op: Any) -> Any:
+        def run(x: Tensor, *args: Any, **options: Any) -> Any:
+            found = op(x, *args, **options)
+            note(name, x, found if isinstance(found, tuple) else (found,))
+            return found
 
-    monkeypatch.setattr(generator, "modulated_conv2d_torgb", watched)
+        return run
+
+    for part, name in (("generator", "modulated_conv2d_torgb"), ("discriminator", "conv2d_down")):
+        module = sys.modules[f"clone_fast.nn.{part}"]
+        monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -181,16 +185,18 @@ def test_convolutions_run_in_the_dtype_and_nothing_else_does(
                 module.register_forward_hook(
                     lambda module, args, y, name=name: seen.update({name: (args[0].dtype, y.dtype)})
                 )
-    watch_drawing(
+    watch_pairs(
         monkeypatch,
-        lambda x, both: seen.update({f"drawn {list(x.shape)} {i}": (x.dtype, y.dtype) for i, y in enumerate(both)}),
+        lambda name, x, results: seen.update(
+            {f"{name} {list(x.shape)} {i}": (x.dtype, y.dtype) for i, y in enumerate(results)}
+        ),
     )
     image = g(torch.randn(4, 5), dtype=dtype)
     assert image.dtype == torch.float32
     assert d(image, dtype=dtype).dtype == torch.float32
     assert d.features(image, dtype=dtype).dtype == torch.float32
     convolutions = {name: found for name, found in seen.items() if "fc" not in name and "out" not in name}
-    assert len(convolutions) == 8 + 2 * 3 + 1 + 1
+    assert len(convolutions) == 8 + 2 * 2 + 1 + 1  # the result of a pair of convolutions is one
     assert set(convolutions.values()) == {(dtype, dtype)}
     assert {found for name, found in seen.items() if name not in convolutions} == {(torch.float32, torch.float32)}
 
@@ -216,10 +222,9 @@ def test_float16_is_never_without_a_limit(limit: float | None, monkeypatch: pyte
                     parameter.fill_(1e5)
     ws, image = torch.randn(4, 4, 4), torch.rand(4, 3, 8, 8)
     high: list[float] = []
-    watch_drawing(
-        monkeypatch, lambda x, both: high.append(both[0].abs().max().item()) if x.shape[2] == 8 else None
+    watch_pairs(
+        monkeypatch, lambda name, x, results: high.append(results[0].abs().max().item()) if x.shape[2] == 8 else None
     )
-    d.b8.conv1.register_forward_hook(lambda module, args, y: high.append(y.abs().max().item()))
     assert g.synthesis(ws, dtype=torch.float16).isfinite().all()
     assert d(image, dtype=torch.float16).isfinite().all()
     assert high == pytest.approx([limit or 256, (limit or 256) * 0.5**0.5], rel=1e-3)

@@ -19,6 +19,17 @@ from clone_fast.kernels._dense import SLOPES, layout_of
 CHANNELS = 8  # a multiple of which there must be
 
 
+def activation_reason(y: Tensor, act: str, gain: float, resample_filter: Tensor) -> str | None:
+    """Why no pass has this activation, whose result is y, and this filter, or None."""
+    if layout_of(y) is not torch.channels_last:
+        return "y is not channels_last"
+    if y.shape[1] % CHANNELS:
+        return f"channels must be a multiple of {CHANNELS}, got {y.shape[1]}"
+    if any(size != 4 for size in resample_filter.shape):
+        return "the filter must be [4, 4] or [4]"
+    return epilogue_reason(act, gain)
+
+
 def supports_act_fir(
     dy: Tensor,
     y: Tensor,
@@ -38,17 +49,11 @@ def supports_act_fir(
     filter_gain: float,
 ) -> str | None:
     """None where `launch_act_fir` can run, else the reason why not."""
-    reason = epilogue_reason(act, gain)
+    reason = activation_reason(y, act, gain, resample_filter)
     if reason:
         return reason
     if want_noise and noise is not None:
         return "does not add up over channels, for the noise"
-    if layout_of(y) is not torch.channels_last:
-        return "y is not channels_last"
-    if y.shape[1] % CHANNELS:
-        return f"channels must be a multiple of {CHANNELS}, got {y.shape[1]}"
-    if any(size != 4 for size in resample_filter.shape):
-        return "the filter must be [4, 4] or [4]"
     x0, x1, y0, y1 = padding
     if not (0 <= x0 <= 3 and 0 <= y0 <= 3 and x0 + x1 >= 3 and y0 + y1 >= 3):
         return f"the filter must leave the image no smaller, its padding is {padding}"

@@ -3,8 +3,8 @@ to the image where one follows, and its weight gradient.
 
 The steps are those of `clone_fast.kernels.modulated_conv2d`; what is missing here, or is refused with a reason, runs
 there. What follows a convolution lies, on the way back, in `_act_backward.py`, resampling by 2 in `_resampled_conv.py`,
-its convolutions of stride 2 alone in `_strided_conv.py`, the filter behind these in `_finish.py`, and what begins their
-gradient in `_act_fir.py`.
+its convolutions of stride 2 alone in `_strided_conv.py`, the filter behind these in `_finish.py`, what begins the
+gradient of an upsampling one in `_act_fir.py`, and what ends that of a downsampling one in `_fir_act.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from clone_fast.cuda._act_backward import (
 )
 from clone_fast.cuda._act_fir import launch_act_fir, supports_act_fir
 from clone_fast.cuda._finish import composes, launch_finish, supports_finish
+from clone_fast.cuda._fir_act import launch_fir_act, supports_fir_act
 from clone_fast.cuda._strided_conv import launch_strided, supports_strided
 from clone_fast.kernels._dense import SLOPES, layout_of
 
@@ -37,6 +38,7 @@ __all__ = [
     "launch_drawn",
     "launch_drawn_act_backward",
     "launch_finish",
+    "launch_fir_act",
     "launch_wgrad",
     "supports",
     "supports_act_backward",
@@ -45,6 +47,7 @@ __all__ = [
     "supports_drawn",
     "supports_drawn_act_backward",
     "supports_finish",
+    "supports_fir_act",
     "supports_wgrad",
 ]
 

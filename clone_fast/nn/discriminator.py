@@ -12,7 +12,7 @@ from clone_fast.nn.architecture import RESAMPLE_TAPS, Architecture
 from clone_fast.nn.layers import Conv2dLayer, FullyConnectedLayer, at_least_float32, fast_layout, in_one_go, run
 from clone_fast.nn.mapping import MappingNetwork
 from clone_fast.nn.tables import bias_table
-from clone_fast.ops import downsampled_branch, setup_filter
+from clone_fast.ops import conv2d_down, downsampled_branch, setup_filter
 
 
 class DiscriminatorBlock(nn.Module):
@@ -38,7 +38,10 @@ class DiscriminatorBlock(nn.Module):
             x = self.fromrgb(x, bias=biases.get("fromrgb"))
         x, shrunk = downsampled_branch(x, self.resample_filter.float())
         # each branch at sqrt(1/2), so that the sum keeps the variance
-        y = self.conv1(self.conv0(x, bias=biases.get("conv0")), gain=0.5**0.5, bias=biases.get("conv1"))
+        weight, first = self.conv0.finished(x.dtype, bias=biases.get("conv0"))
+        down_weight, second = self.conv1.finished(x.dtype, 0.5**0.5, biases.get("conv1"))
+        second = {f"down_{name}": value for name, value in second.items()}
+        y = conv2d_down(x, weight, down_weight, self.conv1.resample_filter.float(), **first, **second)
         return self.skip(shrunk, gain=0.5**0.5, other=y)
 
 

@@ -161,34 +161,36 @@ class Conv2dLayer(nn.Module):
             return scaled_weight(self.weight, factor, dtype)
         return (self.weight.to(at_least_float32(dtype)) * factor).to(dtype)
 
-    def forward(
-        self, x: Tensor, gain: float = 1.0, bias: Tensor | None = None, other: Tensor | None = None
-    ) -> Tensor:
-        """gain: on the result and its clamp. bias: this layer's, over weight_gain where it `folds`; None: made here.
-        other: what the result is added to, None for nothing."""
-        folds, limit = self.folds(x.dtype), self.conv_clamp
+    def finished(
+        self, dtype: torch.dtype, gain: float = 1.0, bias: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The weights for images of this dtype, and bias, act, gain and clamp. gain, bias: as in `forward`."""
+        folds, limit = self.folds(dtype), self.conv_clamp
         if self.activation != "linear":
-            limit = limit_in(x.dtype, limit)
-        if self.activation == "linear" and self.bias is None and limit is None:
-            weight, gains = self._scaled(self.weight_gain * gain, x.dtype), 1.0
-            if other is not None and self.down == 1:
-                return conv2d_add(x, weight, other)
+            limit = limit_in(dtype, limit)
+        if self._multiplies():
+            weight, gains = self._scaled(self.weight_gain * gain, dtype), 1.0
         elif folds:
             weight, gains = self.weight, self.act_gain * gain * self.weight_gain
         else:
             weight, gains = self.weight * self.weight_gain, self.act_gain * gain
         if bias is None and self.bias is not None:
             bias = self.bias * self.fan_in**0.5 if folds else self.bias
-        y = modulated_conv2d(
-            x,
-            weight,
-            None,
-            down=self.down,
-            resample_filter=self.resample_filter.float(),
-            demodulate=False,
-            bias=bias,
-            act=self.activation,
-            gain=gains,
-            clamp=None if limit is None else limit * gain,
-        )
+        clamp = None if limit is None else limit * gain
+        return weight, {"bias": bias, "act": self.activation, "gain": gains, "clamp": clamp}
+
+    def _multiplies(self) -> bool:
+        """And does nothing else."""
+        return self.activation == "linear" and self.bias is None and self.conv_clamp is None
+
+    def forward(
+        self, x: Tensor, gain: float = 1.0, bias: Tensor | None = None, other: Tensor | None = None
+    ) -> Tensor:
+        """gain: on the result and its clamp. bias: this layer's, over weight_gain where it `folds`; None: made here.
+        other: what the result is added to, None for nothing."""
+        weight, rest = self.finished(x.dtype, gain, bias)
+        if other is not None and self.down == 1 and self._multiplies():
+            return conv2d_add(x, weight, other)
+        f = self.resample_filter.float()
+        y = modulated_conv2d(x, weight, None, down=self.down, resample_filter=f, demodulate=False, **rest)
         return y if other is None else y + other

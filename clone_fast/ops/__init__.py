@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from clone_fast.ops.bias_act import bias_act
 from clone_fast.ops.conv2d_add import conv2d_add
+from clone_fast.ops.conv2d_down import conv2d_down
 from clone_fast.ops.dispatch import backend, compile_ahead, explain, is_fast
 from clone_fast.ops.laplacian_pyramid import laplacian_pyramid, laplacian_pyramid_loss
 from clone_fast.ops.modulated_conv2d import modulated_conv2d
@@ -18,6 +19,7 @@ __all__ = [
     "bias_act",
     "compile_ahead",
     "conv2d_add",
+    "conv2d_down",
     "downsample2d",
     "downsampled_branch",
     "explain",

@@ -287,8 +287,8 @@ def _pointwise_summed(
 
 
 def _both(
-    weight: Tensor, reads: list[Tensor], dw: Callable[[], Tensor] | None, dx: Callable[[], Tensor | None]
-) -> tuple[Tensor | None, Tensor | None]:
+    weight: Tensor, reads: list[Tensor], dw: Callable[[], Tensor] | None, dx: Callable[[], Found]
+) -> tuple[Tensor | None, Found]:
     """Both gradients of a convolution, side by side; dw reads these images, and is None where it is not wanted."""
     if dw is None:
         return None, dx()
@@ -324,8 +324,10 @@ def _up_gradients(
 
 
 def _down_gradients(
-    backend: str, step: Any, g: Tensor, x: Tensor, weight: Tensor, f: Tensor, want_dx: bool, want_dw: bool
-) -> tuple[Tensor | None, Tensor | None]:
+    backend: str, step: Any, g: Tensor, x: Tensor, weight: Tensor, f: Tensor, want_dx: bool, want_dw: bool,
+    onward: Callable[[], Any] | None = None,
+) -> tuple[Any, Tensor | None]:  # fmt: skip
+    """onward: makes what takes the place of the gradient to x."""
     k = weight.shape[-1]
     stride, down = (1, TWO) if k == 1 else (2, ONE)  # a 1x1 kernel decimates inside the FIR
     padding = downsampling_padding(f, k)
@@ -349,7 +351,7 @@ def _down_gradients(
         weight,
         [x, g],
         weight_gradient if want_dw else None,
-        lambda: input_gradient() if want_dx else None,
+        onward or (lambda: input_gradient() if want_dx else None),
     )
     return dx, dw
 
