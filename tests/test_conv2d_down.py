@@ -178,19 +178,37 @@ def test_channels_that_change_are_two_ops(done: list[str]) -> None:
     )
 
 
+@pytest.mark.parametrize("frozen", [[], ["down_weight"], ["x", "weight", "bias"]], ids=str)
+def test_what_is_filtered_for_its_weight_is_not_filtered_again(frozen: list[str], done: list[str]) -> None:
+    """And kept for nothing else, nor where the filter is no launch of its own."""
+    args, kept = tensors(), []
+    names = [name for name in NAMES if name not in frozen]
+    values = [args[name].requires_grad_() for name in names]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(list(x.shape)) or x, lambda x: x):
+        z = function(args, names, conv2d_down, smooth(), **FOLDED)(*values)
+    apart, wanted = done[0] == "composed", "down_weight" not in frozen
+    assert ([2, 3, 7, 9] in kept) == (apart and wanted)
+    before = len(done)
+    torch.autograd.grad(z.sum(), values)
+    filters = done[before:].count("launch")
+    back = "x" in names  # one filter, which the weight's gradient does not need
+    assert filters == back + (wanted and not apart) - (back and done[0] == "in one pass")
+
+
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_op_checks(layout: str, done: list[str]) -> None:
+def test_op_checks(layout: str, keep: bool, done: list[str]) -> None:
     args = {name: value.requires_grad_() for name, value in tensors(dtype=torch.float32).items()}
     x = as_layout(args["x"].detach(), layout).requires_grad_()
     first, second = (args["weight"], args["bias"]), (args["down_weight"], args["down_bias"])
-    call = (x, *first, "lrelu", 0.4, 0.9, *second, smooth(torch.float32), "lrelu", 0.3, 0.8, LEAF)
+    call = (x, *first, "lrelu", 0.4, 0.9, *second, smooth(torch.float32), "lrelu", 0.3, 0.8, keep, LEAF)
     assert_op_check(OPS.conv2d_down.default, (*call, LEAF))
     plain = [value.detach() if isinstance(value, Tensor) else value for value in call]
-    y, z = (one.detach() for one in OPS.conv2d_down(*plain, LEAF))
+    y, z, filtered = (one.detach() for one in OPS.conv2d_down(*plain, LEAF))
     for dy in None, torch.randn_like(y):
         for wanted in [True] * 5, [False, False, False, True, True]:
             grads = (dy, torch.randn_like(z))
-            assert_op_check(OPS.conv2d_down_backward.default, (y, z, *grads, *plain, wanted, LEAF))
+            assert_op_check(OPS.conv2d_down_backward.default, (y, z, filtered, *grads, *plain, wanted, LEAF))
 
 
 def test_it_compiles_without_a_graph_break(done: list[str]) -> None:

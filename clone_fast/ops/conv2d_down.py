@@ -1,7 +1,8 @@
 """conv2d_down: the two convolutions of a discriminator's block, the second of which halves the resolution.
 
 On the way back the second one's filter ends where the activation of the first begins. As two ops the gradient between
-them was an image of all channels, written by the one and read by the other.
+them was an image of all channels, written by the one and read by the other. And what the second one reads, filtered, is
+kept for its weight gradient, where the filter is a launch of its own.
 """
 
 from __future__ import annotations
@@ -13,15 +14,8 @@ import torch
 from torch import Tensor
 
 from clone_fast.ops import finished_weights
-from clone_fast.ops.convolution_gradients import (
-    IN_ONE_PASS,
-    ONE,
-    _behind_activation,
-    _down_gradients,
-    _summed,
-    _through_activation,
-)
-from clone_fast.ops.dispatch import launch_step, resolve, runs_step
+from clone_fast.ops.convolution_gradients import IN_ONE_PASS, _behind_activation, _summed, _through_activation
+from clone_fast.ops.dispatch import is_whole, launch_step, resolve, runs_step
 from clone_fast.ops.modulated_conv2d import (
     UNCHANGED,
     check_arguments,
@@ -29,7 +23,8 @@ from clone_fast.ops.modulated_conv2d import (
     modulated_conv2d,
     modulated_weights,
 )
-from clone_fast.ops.registration import Recorded, empty_result, like, register
+from clone_fast.ops.registration import Recorded, as_result, empty_result, like, register
+from clone_fast.ops.resampling_gradients import ONE, down_gradients, filtered_down, size_filtered_down
 from clone_fast.ops.upfirdn2d import adjoint
 from clone_fast.reference.bias_act import activation_defaults
 from clone_fast.reference.modulated_conv2d import downsampling_padding
@@ -39,7 +34,7 @@ __all__ = ["conv2d_down"]
 # positions: 0 to 5 are the first convolution's; those of the second read its result
 ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, str act, float gain, float? clamp, Tensor down_weight, Tensor? down_bias, "
-    "Tensor resample_filter, str down_act, float down_gain, float? down_clamp, str down_backend"
+    "Tensor resample_filter, str down_act, float down_gain, float? down_clamp, bool keep_filtered, str down_backend"
 )
 DIFFERENTIABLE = [0, 1, 2, 6, 7]
 OF_Y = -1  # in the place of such a position
@@ -47,22 +42,33 @@ OF_Y = -1  # in the place of such a position
 
 def _both(args: Sequence[Any], y: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The arguments of either convolution, as `finished_weights` takes them, of those above and the first's result."""
-    x, weight, bias, act, gain, clamp, down_weight, down_bias, f, *down_activation, _ = args
+    x, weight, bias, act, gain, clamp, down_weight, down_bias, f, *down_activation, _, _ = args
     first = (x, weight, None, None, bias, None, 1, 1, act, gain, clamp)
     return first, (y, down_weight, None, None, down_bias, f, 1, 2, *down_activation)
 
 
-def _run(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
+def _run(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """y, z, and what lies between them filtered, which is empty where it is not to be kept."""
     y = finished_weights.run(backend, *_both(args, None)[0])
-    return y, finished_weights.run(args[-1], *_both(args, y)[1])
+    *_, keep_filtered, down_backend = args
+    second = _both(args, y)[1]
+    if not keep_filtered:
+        return y, finished_weights.run(down_backend, *second), y.new_empty([0])
+    _, weight, *shifts, f, _, _, act, gain, clamp = second
+    filtered = as_result(filtered_down(down_backend, y, f, weight.shape[-1]), y)
+    z = finished_weights.convolve_filtered(down_backend, filtered, weight, *shifts, act, gain, clamp)
+    return y, as_result(z, y), filtered
 
 
-def _fake(*args: Any) -> tuple[Tensor, Tensor]:
-    x, weight, down_weight = args[0], args[1], args[6]
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, down_weight, f, keep_filtered = args[0], args[1], args[6], args[8], args[-2]
     n, _, height, width = x.shape
+    m = weight.shape[-4]
+    filtered = [n, m, *size_filtered_down(x, f, down_weight.shape[-1])]
     return (
-        empty_result(x, [n, weight.shape[-4], height, width]),
+        empty_result(x, [n, m, height, width]),
         empty_result(x, [n, down_weight.shape[-4], height // 2, width // 2]),
+        empty_result(x, filtered) if keep_filtered else x.new_empty([0]),
     )
 
 
@@ -70,9 +76,9 @@ def _gradients(recorded: Recorded, grads: list[Any], wanted: list[int]) -> Seque
     """Of y, too: a second derivative comes back through it, which is the first convolution's result as of an op."""
     if grads[1] is not None and not torch.is_grad_enabled() and recorded.backend != "reference":
         flags = [i in wanted for i in DIFFERENTIABLE]
-        of_both = _backward_op(*recorded.results, *grads, *recorded.args, flags, recorded.backend)
+        of_both = _backward_op(*recorded.results, *grads[:2], *recorded.args, flags, recorded.backend)
         return [of_both[DIFFERENTIABLE.index(i)] for i in wanted]
-    (y, z), (dy, dz) = recorded.results, grads
+    (y, z, _), (dy, dz, _) = recorded.results, grads
     first, second = _both(recorded.args, y)
     found: dict[int, Tensor | None] = {}
 
@@ -95,11 +101,11 @@ def _gradients(recorded: Recorded, grads: list[Any], wanted: list[int]) -> Seque
 
 
 def _run_backward(
-    backend: str, y: Tensor, z: Tensor, dy: Tensor | None, dz: Tensor, *args: Any
+    backend: str, y: Tensor, z: Tensor, filtered: Tensor, dy: Tensor | None, dz: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     """A gradient for each of DIFFERENTIABLE; an empty tensor where none is wanted."""
     *inputs, wanted = args
-    found = _first_gradients(backend, y, z, dy, dz, inputs, wanted)
+    found = _first_gradients(backend, (y, z, filtered), dy, dz, inputs, wanted)
     return tuple(
         like(grad, inputs[i]) if want else y.new_empty([0])
         for i, grad, want in zip(DIFFERENTIABLE, found, wanted, strict=True)
@@ -107,12 +113,18 @@ def _run_backward(
 
 
 def _first_gradients(
-    backend: str, y: Tensor, z: Tensor, dy: Tensor | None, dz: Tensor, inputs: Sequence[Any], wanted: list[bool]
+    backend: str,
+    results: tuple[Tensor, ...],
+    dy: Tensor | None,
+    dz: Tensor,
+    inputs: Sequence[Any],
+    wanted: list[bool],
 ) -> list[Tensor | None]:
     """Gradients to DIFFERENTIABLE, None where not wanted."""
+    y, z, filtered = results
     want_x, want_weight, want_bias, want_down_weight, want_down_bias = wanted
     (x, weight, _, _, bias, *_, act, gain, clamp), second = _both(inputs, y)
-    down_backend = inputs[-1]
+    *_, keep_filtered, down_backend = inputs
     _, down_weight, _, _, down_bias, f, *_, down_act, down_gain, down_clamp = second
     activation, sums_of_bias = (act, gain, clamp), [False, False, want_bias]
 
@@ -148,7 +160,7 @@ def _first_gradients(
         found = in_one_pass()
         if found is not None:
             return found
-        through, _ = _down_gradients(down_backend, step, h, y, down_weight, f, True, False)
+        through, _ = down_gradients(down_backend, step, h, y, down_weight, f, True, False)
         through = through if dy is None else through + dy
         of_first = (x, weight, None, 1)
         g, *sums, _ = _through_activation(
@@ -157,7 +169,8 @@ def _first_gradients(
         return g, sums
 
     def rest() -> tuple[Any, Tensor | None]:
-        return _down_gradients(down_backend, step, h, y, down_weight, f, True, want_down_weight, onward)
+        kept = filtered if keep_filtered else None
+        return down_gradients(down_backend, step, h, y, down_weight, f, True, want_down_weight, onward, kept)
 
     (_, _, of_down_bias), (first, of_down_weight) = _summed(down_backend, parts, *shifts, rest)
     of_x = of_weight = of_bias = None
@@ -168,7 +181,9 @@ def _first_gradients(
     return [of_x, of_weight, of_bias, of_down_weight, of_down_bias]
 
 
-def _fake_backward(y: Tensor, z: Tensor, dy: Tensor | None, dz: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _fake_backward(
+    y: Tensor, z: Tensor, filtered: Tensor, dy: Tensor | None, dz: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     *inputs, wanted = args
     return tuple(
         torch.empty_like(inputs[i]) if want else y.new_empty([0])
@@ -178,7 +193,7 @@ def _fake_backward(y: Tensor, z: Tensor, dy: Tensor | None, dz: Tensor, *args: A
 
 _op = register(
     "conv2d_down",
-    f"({ARGUMENTS}) -> (Tensor, Tensor)",
+    f"({ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     run=_run,
     fake=_fake,
     gradients=_gradients,
@@ -187,7 +202,8 @@ _op = register(
 )
 _backward_op = register(
     "conv2d_down_backward",
-    f"(Tensor y, Tensor z, Tensor? dy, Tensor dz, {ARGUMENTS}, bool[] wanted) -> ({', '.join(['Tensor'] * 5)})",
+    f"(Tensor y, Tensor z, Tensor filtered, Tensor? dy, Tensor dz, {ARGUMENTS}, bool[] wanted) "
+    f"-> ({', '.join(['Tensor'] * 5)})",
     run=_run_backward,
     fake=_fake_backward,
 )
@@ -235,10 +251,16 @@ def conv2d_down(
         first, fused, chosen = _resolved(x, weight, backend, **of_first)
         second, down_fused, down_chosen = _resolved(x, down_weight, backend, **of_second)
         if fused and down_fused and "reference" not in (chosen, down_chosen):
-            _, z = _op(x, *first, *fused, *second, resample_filter, *down_fused, down_chosen, chosen)
-            return z
+            both = (x, *first, *fused, *second, resample_filter, *down_fused)
+            keep_filtered = torch.is_grad_enabled() and second[0].requires_grad and not _in_one(down_chosen, *both)
+            return _op(*both, keep_filtered, down_chosen, chosen)[1]
     y = modulated_conv2d(x, weight, None, demodulate=False, **of_first, backend=backend)
     return modulated_conv2d(y, down_weight, None, demodulate=False, **of_second, backend=backend)
+
+
+def _in_one(down_backend: str, *args: Any) -> bool:
+    """Whether the second convolution and its filter are one launch; args: those of the op before `keep_filtered`."""
+    return is_whole("modulated_conv2d", down_backend, *_both((*args, False, down_backend), args[0])[1])
 
 
 def _resolved(

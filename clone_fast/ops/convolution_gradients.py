@@ -3,8 +3,7 @@
 g = dy * gain * slope, and its sums to bias and noise      one pass over dy and y, with what comes back through an image
 1x1, with few channels on one side: all in one pass over dy, y and x, but for sums of its programs
 plain: dx = conv of g with the transposed weight; dw = correlation of x and g
-up:    h = adjoint FIR of g, in the same pass if a leaf can; dx = conv of h with stride 2; dw = correlation of h and x
-down:  dx = adjoint FIR of (transposed conv of g); dw = correlation of FIR(x) and g
+up, down: `resampling_gradients`
 
 The second is made of the op and of the first, since dx and dw are linear in g, and in weight or in x: of v, which comes
 to dx, and u, which comes to dw,
@@ -22,16 +21,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from clone_fast.ops.dispatch import is_whole, launch_best, launch_step, step_if_any
+from clone_fast.ops.dispatch import launch_best, launch_step, step_if_any
 from clone_fast.ops.registration import Recorded, like
+from clone_fast.ops.resampling_gradients import both_gradients, down_gradients, up_gradients, up_padding
 from clone_fast.ops.streams import left_beside
-from clone_fast.ops.upfirdn2d import adjoint
-from clone_fast.reference.modulated_conv2d import downsampling_padding, upsampling_padding
 
 Found = TypeVar("Found")
 
-ONE = [1, 1]
-TWO = [2, 2]
 IN_ONE_PASS = 512 * 512  # pixels; of fewer, activation and filter are slower in one pass, as they do not run alone
 
 
@@ -85,7 +81,7 @@ def _through_activation(
     """
     x, weight, f, up = geometry
     if up == 2 and f is not None and y.shape[2] * y.shape[3] >= IN_ONE_PASS:
-        fir = (f, _up_padding(x, y, weight, f), True, 4.0)
+        fir = (f, up_padding(x, y, weight, f), True, 4.0)
         args = (dy, y, *shifts, *activation, *want_sums, want_dots, *fir)
         found = step_if_any("modulated_conv2d", "act_fir", backend, *args)
         if found is not None:
@@ -118,7 +114,7 @@ def _behind_activation(
     def rest() -> tuple[Tensor | None, Tensor | None]:
         if up == 1 and down == 1:
             k = weight.shape[-1]
-            dw, dx = _both(
+            dw, dx = both_gradients(
                 weight,
                 [x, g],
                 (lambda: step("wgrad", x, g, k, 1, k // 2, weight.ndim == 5, weight.dtype)) if want_dw else None,
@@ -128,7 +124,7 @@ def _behind_activation(
         if not (want_dx or want_dw):
             return None, None
         f = torch.ones([1, 1], device=x.device) if resample_filter is None else resample_filter
-        resample = _up_gradients if up == 2 else _down_gradients
+        resample = up_gradients if up == 2 else down_gradients
         return resample(backend, step, g, x, weight, f, want_dx, want_dw)
 
     sums, (dx, dw) = _summed(backend, parts, noise, noise_strength, bias, rest)
@@ -190,7 +186,7 @@ def _of_factors(
     inputs = (x, weight, noise, noise_strength, bias, resample_filter, up, down)
     dx, _, *sums = _behind_activation(backend, g, parts, *inputs, True, False)
 
-    def of_factors() -> tuple[Tensor, Tensor | None]:  # in the memory order of s and d, as `_both` says
+    def of_factors() -> tuple[Tensor, Tensor | None]:  # in the memory order of s and d, as `both_gradients` says
         ds, dd = launch_step("modulated_conv2d", "factor_gradients", backend, x, dx, s, dots, d)
         return like(ds, s), None if d is None else like(dd, d)
 
@@ -255,7 +251,7 @@ def _summed(
     if not wanted:
         return [None] * 3, rest()
 
-    def add_up() -> list[Tensor | None]:  # in the memory order of what they are of, as `_both` says
+    def add_up() -> list[Tensor | None]:  # in the memory order of what they are of, as `both_gradients` says
         args = (*parts, noise, noise_strength, wanted[0][0].dtype)
         found = launch_step("modulated_conv2d", "act_sums", backend, *args)
         return [None if one is None or of is None else like(one, of) for one, of in zip(found, given, strict=True)]
@@ -271,7 +267,7 @@ def _pointwise_summed(
     of its programs, or all there is where one program did it."""
     of_weight, of_bias = parts
 
-    def add_up() -> Tensor:  # in the weight's memory order, as `_both` says
+    def add_up() -> Tensor:  # in the weight's memory order, as `both_gradients` says
         return like(launch_step("modulated_conv2d", "pointwise_sums", backend, of_weight, weight), weight)
 
     def weight_gradient() -> Tensor | None:
@@ -284,76 +280,6 @@ def _pointwise_summed(
     # a step of its own for each: what made the weights and what made the tables are two lanes
     sums, dw = _summed(backend, (None, None, of_bias), None, None, bias, weight_gradient)
     return [dw, *sums]
-
-
-def _both(
-    weight: Tensor, reads: list[Tensor], dw: Callable[[], Tensor] | None, dx: Callable[[], Found]
-) -> tuple[Tensor | None, Found]:
-    """Both gradients of a convolution, side by side; dw reads these images, and is None where it is not wanted."""
-    if dw is None:
-        return None, dx()
-    # in the weight's memory order: a copy later on, for which nothing waits, would be made on another stream
-    return left_beside(weight.device, "wgrad", [weight], lambda: like(dw(), weight), dx, reads)
-
-
-def _fir(backend: str, x: Tensor, f: Tensor, *args: Any) -> Tensor:
-    y: Tensor = launch_step("upfirdn2d", "", backend, x, f, *args)
-    return y
-
-
-def _up_padding(x: Tensor, g: Tensor, weight: Tensor, f: Tensor) -> list[int]:
-    """Of the adjoint FIR, from g's size to that of the transposed convolution."""
-    k = weight.shape[-1]
-    size = [2 * (n - 1) + k for n in x.shape[2:]]
-    return adjoint(size, g.shape[2:], f, ONE, ONE, upsampling_padding(f, k))[2]
-
-
-def _up_gradients(
-    backend: str, step: Any, g: Tensor, x: Tensor, weight: Tensor, f: Tensor, want_dx: bool, want_dw: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    k = weight.shape[-1]
-    filtered = g.shape[-1] % 2 == 1  # h is odd in size, as a kernel is, and g is twice x
-    h = g if filtered else _fir(backend, g, f, ONE, ONE, _up_padding(x, g, weight, f), True, 4.0)
-    dw, dx = _both(
-        weight,
-        [h, x],
-        (lambda: step("wgrad", h, x, k, 2, 0, weight.ndim == 5, weight.dtype).transpose(-3, -4)) if want_dw else None,
-        lambda: step("conv", h, weight.transpose(-3, -4), 2, 0, False) if want_dx else None,
-    )
-    return dx, dw
-
-
-def _down_gradients(
-    backend: str, step: Any, g: Tensor, x: Tensor, weight: Tensor, f: Tensor, want_dx: bool, want_dw: bool,
-    onward: Callable[[], Any] | None = None,
-) -> tuple[Any, Tensor | None]:  # fmt: skip
-    """onward: makes what takes the place of the gradient to x."""
-    k = weight.shape[-1]
-    stride, down = (1, TWO) if k == 1 else (2, ONE)  # a 1x1 kernel decimates inside the FIR
-    padding = downsampling_padding(f, k)
-
-    def input_gradient() -> Tensor:
-        size = [2 * (n - 1) + k for n in g.shape[2:]]  # of the transposed convolution
-        if k > 1 and adjoint(x.shape[2:], size, f, ONE, down, padding)[2] == upsampling_padding(f, k):
-            # a transposed convolution and its filter are `up`, whose filter has a gain of 4
-            args = (g, weight.transpose(-3, -4), None, None, None, f.flip(*range(f.ndim)), 2, 1, "linear", 0.25, None)
-            if is_whole("modulated_conv2d", backend, *args):
-                return step("", *args)
-        filtered = step("conv", g, weight.transpose(-3, -4), stride, 0, True)
-        return _fir(backend, filtered, f, *adjoint(x.shape[2:], filtered.shape[2:], f, ONE, down, padding), True, 1.0)
-
-    def weight_gradient() -> Tensor:
-        filtered = _fir(backend, x, f, ONE, down, padding, False, 1.0)
-        dw: Tensor = step("wgrad", filtered, g, k, stride, 0, weight.ndim == 5, weight.dtype)
-        return dw
-
-    dw, dx = _both(
-        weight,
-        [x, g],
-        weight_gradient if want_dw else None,
-        onward or (lambda: input_gradient() if want_dx else None),
-    )
-    return dx, dw
 
 
 def second_gradients(

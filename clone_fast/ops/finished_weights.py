@@ -14,6 +14,7 @@ from torch import Tensor
 from clone_fast.ops.convolution_gradients import convolution_gradients, second_gradients
 from clone_fast.ops.dispatch import is_whole, launch_step
 from clone_fast.ops.registration import Recorded, as_result, composite_gradients, empty_result, like, register
+from clone_fast.ops.resampling_gradients import filtered_down
 from clone_fast.ops.streams import made_beside
 from clone_fast.reference import modulated_conv2d as spec
 
@@ -87,9 +88,14 @@ def _composed(
     if up == 2:
         z = step("conv", x, weight, 2, 0, True)
         return step("finish", z, f, spec.upsampling_padding(f, k), 4.0, *epilogue)
-    inside = [2, 2] if k == 1 else [1, 1]  # a 1x1 kernel decimates inside the FIR
-    z = launch_step("upfirdn2d", "", backend, x, f, [1, 1], inside, spec.downsampling_padding(f, k), False, 1.0)
-    return step("conv_finish", z, weight, 1 if k == 1 else 2, 0, *epilogue)
+    return convolve_filtered(backend, filtered_down(backend, x, f, k), weight, *epilogue)
+
+
+def convolve_filtered(backend: str, filtered: Tensor, weight: Tensor, *epilogue: Any) -> Tensor:
+    """The second of the two launches of `down`, of what `filtered_down` made. epilogue: noise and so on."""
+    stride = 1 if weight.shape[-1] == 1 else 2  # a 1x1 kernel is decimated inside the FIR
+    y: Tensor = launch_step("modulated_conv2d", "conv_finish", backend, filtered, weight, stride, 0, *epilogue)
+    return y
 
 
 def fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
