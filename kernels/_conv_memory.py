@@ -17,6 +17,39 @@ def on_16_bytes(x: Tensor) -> bool:
     return x_c == 1 and x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in (x_n, x_h, x_w))
 
 
+def padded(count: int, size: int) -> int:
+    """So many numbers of `size` bytes, and as many more as fill up 16 bytes."""
+    return triton.cdiv(count * size, 16) * 16 // size
+
+
+def copied_on_16_bytes(x: Tensor) -> Tensor:
+    """x [N, C, H, W] once more, as the copy engine can read it: channels that end elsewhere have a gap behind them."""
+    n, channels, height, width = x.shape
+    memory = x.new_empty([n, height, width, padded(channels, x.element_size())])
+    return memory[..., :channels].permute(0, 3, 1, 2).copy_(x)
+
+
+def described(image: Tensor) -> Tensor:
+    """The image, or a copy, in channels_last as the copy engine reads it."""
+    if image.shape[1] * image.element_size() % 16:
+        return copied_on_16_bytes(image)
+    image = image.contiguous(memory_format=torch.channels_last)
+    return image if image.data_ptr() % 16 == 0 else image.clone()
+
+
+def columns(a: Tensor, start: int, step: int, block: list[int]) -> TensorDescriptor:
+    """A descriptor of the columns start, start + step, ... of what `described` made, as [N, H, W, C]."""
+    n, channels, height, width = a.shape
+    pixel = padded(channels, a.element_size())  # strides of dimensions of size 1 tell nothing
+    row = width * pixel
+    return TensorDescriptor(
+        a.permute(0, 2, 3, 1)[:, :, start:],
+        [n, height, (width - start + step - 1) // step, channels],
+        [height * row, row, step * pixel, 1],
+        block,
+    )
+
+
 def described_image(x: Tensor, block: list[int], pairs: bool) -> list[TensorDescriptor] | None:
     """x [N, C, H, W] for the copy engine as [N, H, W, C], or None where it cannot take it.
 
@@ -61,10 +94,10 @@ def described_weight(w: Tensor, block: list[int], transposed: bool) -> TensorDes
 
 @triton.jit
 def _pack_kernel(
-    w, packed, o_size, i_size, w_n, w_o, w_i, w_y, w_x, K: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    w, packed, o_size, i_size, row, w_n, w_o, w_i, w_y, w_x, K: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
     IN_TF32: tl.constexpr,
 ):  # fmt: skip
-    """packed [N, k * k, O, I] contiguous from w [N, O, I, k, k]: one tap of one n, BO x BI channels."""
+    """packed [N, k * k, O, I], rows of I `row` apart, from w [N, O, I, k, k]: one tap of one n, BO x BI channels."""
     i = tl.program_id(0) * BI + tl.arange(0, BI)[None, :]
     o = tl.program_id(1) * BO + tl.arange(0, BO)[:, None]
     n = tl.program_id(2) // (K * K)
@@ -73,14 +106,14 @@ def _pack_kernel(
     value = tl.load(w + n * w_n + o * w_o + i * w_i + (tap // K * w_y + tap % K * w_x), mask=mask)
     if IN_TF32:
         value = hopper_tf32(value)
-    tl.store(packed + ((n * K * K + tap) * o_size + o) * i_size + i, value, mask=mask)
+    tl.store(packed + ((n * K * K + tap) * o_size + o) * row + i, value, mask=mask)
 
 
 def taps_first(weight: Tensor, half: bool, rounded: bool = False) -> tuple[Tensor, bool]:
     """weight [O, I, k, k] or [N, O, I, k, k] as [N|1, k * k, O, I], and whether O is its innermost axis.
 
     Nothing is copied where the memory has that order already and shall not be rounded, to TF32. Half precision may be
-    multiplied from either order, float32 only with I innermost.
+    multiplied from either order, float32 only with I innermost. A copy's rows begin on 16 bytes.
     """
     w = weight if weight.ndim == 5 else weight[None]
     n, o, i, k, _ = w.shape
@@ -90,7 +123,8 @@ def taps_first(weight: Tensor, half: bool, rounded: bool = False) -> tuple[Tenso
     usable = ordered and aligned and (w.stride(2) == 1 or (half and w.stride(1) == 1))
     if not rounded and usable and (n == 1 or w.stride(0) == k * k * strides[1]):
         return w.as_strided([n, k * k, o, i], strides), w.stride(2) != 1
-    packed = torch.empty([n, k * k, o, i], dtype=w.dtype, device=w.device)
+    row = padded(i, w.element_size())
+    packed = torch.empty([n, k * k, o, row], dtype=w.dtype, device=w.device)[..., :i]
     grid = (triton.cdiv(i, 64), triton.cdiv(o, 32), n * k * k)
-    _pack_kernel[grid](w, packed, o, i, *w.stride(), K=k, BO=32, BI=64, IN_TF32=rounded)
+    _pack_kernel[grid](w, packed, o, i, row, *w.stride(), K=k, BO=32, BI=64, IN_TF32=rounded)
     return packed, False

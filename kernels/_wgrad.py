@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clone_fast.kernels import _wgrad_tuning as tuning
+from clone_fast.kernels._conv_memory import columns, described
 from clone_fast.kernels._device import capability
 from clone_fast.kernels._tf32 import in_tf32
 from clone_fast.kernels._wgrad_cudnn import cudnn_wgrad, is_convolution
@@ -23,6 +23,7 @@ from clone_fast.kernels._wgrad_cudnn import cudnn_wgrad, is_convolution
 # One compiled kernel for all of these: nothing is faster for knowing that one of them is 1, or divisible by 16.
 SIZES = ["height", "width", "samples"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+COPIED = 64  # channels of half precision from which on a copy for the copy engine is soon earned
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -228,13 +229,19 @@ def wgrad_route(a: Tensor, b: Tensor, k: int, stride: int, padding: int, per_sam
     if tuning.is_exact(a, b):
         # Full float32 has no tensor cores to win with; a narrow result is bound by the bytes, on any route.
         route = "pointers" if min(channels) < 32 else "cudnn"
-    elif k not in (1, 3) or any(c * a.element_size() % 16 for c in channels) or (stride == 2 and a.shape[3] < 2):
+    elif k not in (1, 3) or not all(_has_engine(c, a) for c in channels) or (stride == 2 and a.shape[3] < 2):
         route = "pointers"
     else:
         route = tuning.route(capability(a.device), a.dtype, *channels, k, stride, list(b.shape[2:]))
     if route == "cudnn" and not is_convolution(a, b, k, stride, padding):
         route = "pointers"
     return route
+
+
+def _has_engine(channels: int, a: Tensor) -> bool:
+    """Whether so many channels are read by the copy engine, for which those that end off 16 bytes are copied."""
+    size = a.element_size()
+    return channels * size % 16 == 0 or (size == 2 and channels >= COPIED)
 
 
 def launch_wgrad(
@@ -286,27 +293,13 @@ def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _columns(a: Tensor, start: int, step: int, block: list[int]) -> TensorDescriptor:
-    """A descriptor of the columns start, start + step, ... of a channels_last image, as [N, H, W, C]."""
-    n, channels, height, width = a.shape
-    row = width * channels
-    return TensorDescriptor(
-        a.permute(0, 2, 3, 1)[:, :, start:],
-        [n, height, (width - start + step - 1) // step, channels],
-        [height * row, row, step * channels, 1],
-        block,
-    )
-
-
 def _launch_tiles(
     a: Tensor, b: Tensor, k: int, stride: int, padding: int, samples: int, inner: tuple[int, int], transposed: bool,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     n, ca, _, _ = a.shape
     cb, height, width = b.shape[1:]
-    # The copy engine wants its start on 16 bytes.
-    a, b = (t.contiguous(memory_format=torch.channels_last) for t in (a, b))
-    a, b = (t.clone() if t.data_ptr() % 16 else t for t in (a, b))
+    a, b = described(a), described(b)
     block = tuning.tiles(capability(a.device), a.dtype, ca, cb, k, stride, [height, width])
     rows = height + block.ty - 1 if stride == 1 else height
     tiles = triton.cdiv(rows, block.bh) * triton.cdiv(width, block.bw) * (n // samples)
@@ -315,13 +308,13 @@ def _launch_tiles(
     parts, strides = _partial_sums(a, splits, samples, k, inner, dtype)
     box = [1, block.bh, block.bw]
     flat = block.bh > 1 and block.bw == width
-    even = _columns(a, 0, stride, [*box, block.ba])
+    even = columns(a, 0, stride, [*box, block.ba])
     _wgrad_tiles[(programs, splits, samples)](
         even,
-        _columns(a, 1, 2, [*box, block.ba]) if stride == 2 else even,
-        _columns(b.flatten(2)[:, :, None], 0, 1, [1, 1, block.bh * block.bw, block.bb])
+        columns(a, 1, 2, [*box, block.ba]) if stride == 2 else even,
+        columns(b.flatten(2)[:, :, None], 0, 1, [1, 1, block.bh * block.bw, block.bb])
         if flat
-        else _columns(b, 0, 1, [*box, block.bb]),
+        else columns(b, 0, 1, [*box, block.bb]),
         parts,
         height,
         width,

@@ -63,6 +63,8 @@ WGRADS = [
     (1, 8, 8, 3, 3, 3, 2, 1),
     *[(1, 8, cb, 2, 5, 3, stride, 2 - stride) for cb in (72, 136, 264) for stride in (1, 2)],  # rows of the table
     *[(1, 8, 264, 2, 17, 3, stride, 2 - stride) for stride in (1, 2)],
+    (1, 73, 24, 3, 4, 3, 1, 1),  # copied for descriptors
+    (1, 24, 67, 3, 3, 3, 2, 1),
     (2, 5, 3, 6, 6, 3, 1, 1),  # what no descriptor can describe
     (1, 5, 3, 3, 3, 3, 2, 1),
     (2, 16, 3, 6, 6, 1, 1, 0),  # ToRGB

@@ -209,6 +209,7 @@ def test_nan_and_infinity_pass_through() -> None:
 
 
 SHAPES = [(4, 512), (8, 512), (16, 512), (32, 512), (64, 512), (128, 256), (256, 128), (512, 64), (1024, 32)]
+SHAPES += [(4, 513), (40, 100)]  # behind a minibatch standard deviation; and what else does not end on 16 bytes
 
 
 @pytest.mark.gpu
@@ -262,6 +263,17 @@ def test_tf32_is_rounded_and_not_cut(config: dict[str, Any]) -> None:
             y = y if parts is y else finish.fir(parts, y)
             want = conv(rounded_to_tf32(x), rounded_to_tf32(weight), stride, padding, transposed)
             assert (y.double() - want).abs().max() <= 3e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [1, 13, 16])
+def test_a_copy_for_the_copy_engine(channels: int, dtype: torch.dtype) -> None:
+    memory = importlib.import_module("clone_fast.kernels._conv_memory")
+    x = torch.randn(2, channels, 3, 5).to(dtype)
+    for image in x, as_layout(x, "channels_last"), x[:, :, :, 1:4]:
+        copied = memory.copied_on_16_bytes(image)
+        assert memory.on_16_bytes(copied) or channels == 1
+        assert torch.equal(copied, image)
 
 
 @pytest.mark.gpu
