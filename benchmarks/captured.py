@@ -16,6 +16,7 @@ import statistics
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -48,8 +49,10 @@ def apart_in_d(wanted: bool) -> AbstractContextManager[Any]:
     if not wanted:
         return nullcontext()
 
-    def compare(self: Adversary, real: Tensor, fake: Tensor, label: Tensor | None, watch: Any = None) -> Any:
-        return self.judge(real, label), self.judge(fake, label, watch)
+    def compare(self: Adversary, real: Sequence[Tensor], fake: Tensor, label: Tensor | None, watch: Any = None) -> Any:
+        fake = fake.detach().requires_grad_(self.one_pass)
+        logits = [self.judge(torch.cat(list(real)), label), self.judge(fake, label, watch)]
+        return torch.stack(logits, dim=1).flatten(0, 1), fake
 
     return mock.patch.object(Adversary, "compare", compare)
 

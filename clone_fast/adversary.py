@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from clone_fast.descent import Descent
 from clone_fast.errors import SettingsError
-from clone_fast.losses import added, discriminator_adversarial, generator_adversarial, r1_penalty, weighted
+from clone_fast.known import KnownOfEach
+from clone_fast.losses import r1_penalty
 from clone_fast.nn import Discriminator, Generator, Precision
 from clone_fast.nn.layers import fast_format
+from clone_fast.ops.streams import aside, joined
+from clone_fast.players import Game
 from clone_fast.settings import TweakSettings
 
 
@@ -42,82 +44,41 @@ def parted(images: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return images if count == len(images) else images[:count], images[count:] if count else images
 
 
-def nearest_factor(x: Tensor, y: Tensor) -> Tensor:
+def nearest_factor(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """[N, 1, 1, 1], of every sample of x [N, C, H, W] the factor that brings it nearest to that of y; 0 of zeros."""
     a, b = x.flatten(1).double(), y.flatten(1).double()  # the squares of small gradients are below float32's range
     factor = (a * b).sum(dim=1) / a.square().sum(dim=1).clamp_min(torch.finfo(a.dtype).tiny)
-    return factor[:, None, None, None]
+    return factor[:, None, None, None].to(dtype)
 
 
-class _Known(torch.autograd.Function):
-    """A loss of images whose gradient is known, up to a factor for each of them; and the images, first `count` of them,
-    then the rest.
-
-    The gradient of what is made of these parts is added to its part of the known one, in that one's memory. Those of
-    slices would be filled up with zeros, and added to all of it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, images: Tensor, count: int, loss: Tensor, gradient: Tensor, factor: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(gradient, factor)
-        ctx.count = count
-        ctx.set_materialize_grads(False)
-        images = images.detach()
-        return loss.clone(), images[:count], images[count:]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor | None, *parts: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradient, factor = ctx.saved_tensors
-        whole = gradient * (factor * (0 if slope is None else slope))  # nobody else's: the parts may be added in place
-        for mine, theirs in zip((whole[: ctx.count], whole[ctx.count :]), parts, strict=True):
-            if theirs is not None:
-                mine += theirs
-        return whole, None, None, None, None
-
-
-class _Pairs(torch.autograd.Function):
-    """See `in_pairs`."""
-
-    @staticmethod
-    def forward(ctx: Any, fake: Tensor, dtype: torch.dtype, *real: Tensor) -> Tensor:
-        ctx.save_for_backward(fake)
-        n, *shape = fake.shape
-        where = fake.device
-        both = torch.empty([2 * n, *shape], dtype=dtype, device=where, memory_format=fast_format(where))
-        both[1::2] = fake
-        for place, part in zip(both[::2].split([len(part) for part in real]), real, strict=True):
-            place.copy_(part)
-        return both
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        (fake,) = ctx.saved_tensors
-        return torch.empty_like(fake).copy_(slope[1::2]), None, *(None for _ in ctx.needs_input_grad[2:])
-
-
+@torch.no_grad()
 def in_pairs(real: Sequence[Tensor], fake: Tensor, dtype: torch.dtype) -> Tensor:
-    """[2 N, C, H, W] in dtype, and as D wants it to lie: real images, and behind each a fake.
+    """[2 N, C, H, W] in dtype, and as D wants it to lie: real images, and behind each a fake. It leads to neither.
 
-    What D would convert is written once, and of its gradient the half that is wanted, laid out as the fakes are.
+    What D would convert is written once.
 
     Args:
-        real: one after the other N of them. They get no gradient, and the fakes none that is differentiable again.
+        real: one after the other N of them.
         fake: [N, C, H, W].
 
     Raises:
-        ValueError: there are more or fewer of one than of the other, they differ in size, or real wants a gradient.
+        ValueError: there are more or fewer of one than of the other, or they differ in size.
     """
     if sum(len(part) for part in real) != len(fake) or any(part.shape[1:] != fake.shape[1:] for part in real):
         shapes = ", ".join(str(list(part.shape)) for part in real)
         raise ValueError(f"there must be a real image of its size for each fake, got {shapes} for {list(fake.shape)}")
-    if torch.is_grad_enabled() and any(part.requires_grad for part in real):
-        raise ValueError("real images get no gradient here; detach them")
-    both: Tensor = _Pairs.apply(fake, dtype, *real)
+    n, *shape = fake.shape
+    where = fake.device
+    both = torch.empty([2 * n, *shape], dtype=dtype, device=where, memory_format=fast_format(where))
+    both[1::2] = fake
+    for place, part in zip(both[::2].split([len(part) for part in real]), real, strict=True):
+        place.copy_(part)
     return both
+
+
+def last_of_each(both: Tensor, count: int) -> Tensor:
+    """[N, ...] of [N, ...] or [2 N, ...]: of pairs, what is of the fakes."""
+    return both.unflatten(0, [count, -1])[:, -1]
 
 
 class Adversary:
@@ -170,19 +131,12 @@ class Adversary:
             What D minimises; G's terms by name; and the images, those of the local term and the others, for further
             terms to begin with: that spares passes over their gradient.
         """
-        s = self.settings
+        s, device = self.settings, images.device
+        game = Game(s.adversarial_weight, s.cohesion_weight, len(images), bool(local), s.saturating)
         self.discriminator.requires_grad_(True)
-        fake = images.detach().requires_grad_(self.one_pass)
         below: list[Tensor] = []
-        real_logits, fake_logits = self.compare(real, fake, label, below.append if self.one_pass else None)
-        minimised = []
-        if local and s.adversarial_weight > 0:
-            of_clone = discriminator_adversarial(real_logits[:1], fake_logits[:1])
-            minimised.append(weighted(s.adversarial_weight, of_clone))
-        if s.cohesion_weight > 0:
-            of_others = discriminator_adversarial(real_logits[local:], fake_logits[local:])
-            minimised.append(weighted(s.cohesion_weight, of_others))
-        objective = loss = added(minimised)
+        logits, shown = self.compare(real, images.detach(), label, below.append if self.one_pass else None)
+        objective = loss = game.of_d(logits)
         if penalised:
             scale = self.precision.loss_scale
             penalty = r1_penalty(lambda images: self.judge(images, label), torch.cat(list(real)), scale=scale)
@@ -190,33 +144,31 @@ class Adversary:
         if not self.one_pass:
             self.descent.step(objective, rate)
             self.discriminator.requires_grad_(False)
-            return loss.detach(), self._terms(self.judge(images, label), local), parted(images, local)
-        terms = self._terms(fake_logits, local)
+            found = game.of_g(self.judge(images, label)).unbind()
+            return loss.detach(), dict(zip(game.terms, found, strict=True)), parted(images, local)
+        values = game.of_g(logits)
         (features,) = below
-        (wanted,) = torch.autograd.grad(added(terms.values()), features, retain_graph=True)
-        features.retain_grad()
+        (wanted,) = torch.autograd.grad(values.sum(), features, retain_graph=True)
+        noted: list[Tensor] = []
+
+        def note(brought: Tensor) -> None:
+            """Beside the rest of D's backward, which does not need it, and must not add to it in place."""
+            mine, theirs = (last_of_each(g, len(images)) for g in (brought, wanted))
+            find = partial(nearest_factor, mine, theirs, images.dtype)
+            noted[:] = aside(device, "factor", find, reads=[brought, wanted]), brought
+
+        hook = features.register_hook(note)
         self.descent.step(objective, rate)
+        hook.remove()
+        joined(device, "factor")
         self.discriminator.requires_grad_(False)
-        assert features.grad is not None  # for the type checker
-        assert fake.grad is not None  # for the type checker
-        mine, theirs = (g.unflatten(0, [len(fake), -1])[:, -1] for g in (features.grad, wanted))  # a fake ends its pair
-        factor = nearest_factor(mine, theirs).to(fake.dtype)
-        terms = {name: term.detach() for name, term in terms.items()}
+        assert shown.grad is not None  # for the type checker
+        terms = dict(zip(game.terms, values.detach().unbind(), strict=True))
         name = next(iter(terms))
-        known = _Known.apply(images, int(local), terms[name], fake.grad, factor)  # the gradient of all terms, at one
+        # the gradient of all terms, at one
+        known = KnownOfEach.apply(images, int(local), terms[name], last_of_each(shown.grad, len(images)), noted[0])
         terms[name], clone, others = known
         return loss.detach(), terms, (clone, others)
-
-    def _terms(self, logits: Tensor, local: bool) -> dict[str, Tensor]:
-        """What G minimises, of the logits of its images."""
-        s, terms = self.settings, dict[str, Tensor]()
-        if local and s.adversarial_weight > 0:
-            of_clone = generator_adversarial(logits[:1], saturating=s.saturating)
-            terms["local"] = weighted(s.adversarial_weight, of_clone)
-        if s.cohesion_weight > 0:
-            of_others = generator_adversarial(logits[local:], saturating=s.saturating)
-            terms["global"] = weighted(s.cohesion_weight, of_others)
-        return terms
 
     def compare(
         self,
@@ -225,16 +177,20 @@ class Adversary:
         label: Tensor | None,
         watch: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Logits [N, 1] of both, in one forward where that leaves D's groups as they are; watch: that of the fakes.
+        """Logits [2 N, 1], a fake's behind each real image's, in one forward where that leaves D's groups as they are.
+
+        And the images that D was shown, of which the last are the fakes, or every second one: in one pass they get a
+        gradient. watch: that of the forward in which the fakes are.
 
         Sample n of M belongs to group n mod (M / size): taken in turns, even groups hold real images, odd ones fakes.
         """
         arch = self.discriminator.arch
         if arch.mbstd_num_channels and (arch.mbstd_group_size is None or len(fake) % arch.mbstd_group_size):
-            return self.judge(torch.cat(list(real)), label), self.judge(fake, label, watch)
-        both = in_pairs(real, fake, self.precision.dtype)
-        logits = self.judge(both, None if label is None else label.repeat_interleave(2, dim=0), watch)
-        return logits[::2], logits[1::2]
+            fake = fake.detach().requires_grad_(self.one_pass)
+            logits = [self.judge(torch.cat(list(real)), label), self.judge(fake, label, watch)]
+            return torch.stack(logits, dim=1).flatten(0, 1), fake
+        both = in_pairs(real, fake, self.precision.dtype).requires_grad_(self.one_pass)
+        return self.judge(both, None if label is None else label.repeat_interleave(2, dim=0), watch), both
 
     def judge(
         self, images: Tensor, label: Tensor | None, watch: Callable[[Tensor], None] | None = None

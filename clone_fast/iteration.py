@@ -13,6 +13,7 @@ from clone_fast.adversary import Adversary, parted, usable
 from clone_fast.capture import Board, Captured, alike, rehearse
 from clone_fast.descent import Descent
 from clone_fast.draws import Draws, Wanted
+from clone_fast.known import Known, known
 from clone_fast.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity, added, paired_cohesion
 from clone_fast.nn import Discriminator, Generator, Precision, settled
@@ -165,14 +166,22 @@ class Tweak:
         values: dict[str, Tensor] = {}
         terms: dict[str, Tensor] = {}
         clone, others = parted(images, local)
-        if self.adversary is not None and s.judges(local):
+        judged = self.adversary is not None and s.judges(local)
+        # beside D, which fills a GPU at its largest images alone
+        early = judged and local
+        likeness = aside(device, "recon", partial(known, self.reconstruction, clone), [clone]) if early else None
+        if self.adversary is not None and judged:
             real = [*([self.photo] if local else []), before if self.pool is None else self.real[: len(before)]]
             done = self.adversary.turn(real, images, label, local, rate, penalised)
             values["loss_d"], terms, (clone, others) = done  # what is made of these joins the gradient of its terms
         if local:
             # beside the loss, which does not need it
             values["psnr"] = aside(device, "measure", partial(quick_psnr, clone, self.photo), reads=[clone])
-            terms = {"recon": self.reconstruction(clone), **terms}
+            if likeness is None:
+                terms = {"recon": self.reconstruction(clone), **terms}
+            else:
+                joined(device, "recon")
+                terms = {"recon": Known.apply(clone, *likeness), **terms}
         if s.others and s.paired_weight > 0:
             terms["paired"] = paired_cohesion(others, before, weight=s.paired_weight)
         if s.edits and local:

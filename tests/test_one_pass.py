@@ -14,6 +14,7 @@ from tiny import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor
 
 from clone_fast.adversary import Adversary, in_pairs, nearest_factor
+from clone_fast.known import Known, KnownOfEach, known
 from clone_fast.nn import Discriminator, Precision
 from clone_fast.nn.layers import fast_layout
 from clone_fast.settings import TweakSettings
@@ -88,7 +89,7 @@ def test_it_is_near_where_the_deviation_joins_the_images(shape: dict[str, Any]) 
 def test_the_factor_projects() -> None:
     x, y = torch.randn(2, 5, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     x[1], y[2], x[3] = 0, 0, x[3] * 1e-30  # squares of the last are 0 in float32
-    factor = nearest_factor(x, y)
+    factor = nearest_factor(x, y, torch.float32)
     rest = (y - factor * x) * x
     torch.testing.assert_close(rest.double().sum(dim=[1, 2, 3]), torch.zeros(5).double(), rtol=0, atol=1e-5)
     assert factor.flatten()[[1, 2]].eq(0).all()
@@ -147,30 +148,22 @@ def test_pairs_are_what_d_would_make_of_a_stack(counts: tuple[int, ...], dtype: 
     assert fast_layout(got, dtype) is got
 
 
-@pytest.mark.parametrize("place", [lambda x: x, lambda x: x.contiguous(memory_format=torch.channels_last)])
-def test_the_gradient_of_pairs_is_that_of_a_stack(place: Any) -> None:
-    *real, fake = random_images(1, 3, 4, dtype=torch.float64)
-    fake, slope = place(fake).requires_grad_(True), torch.randn(8, 3, 6, 10, dtype=torch.float64)
-    (want,) = torch.autograd.grad(plain_pairs(real, fake, torch.float64), fake, slope)
-    (got,) = torch.autograd.grad(in_pairs(real, fake, torch.float64), fake, slope)
-    assert torch.equal(got, want)
-    assert got.stride() == fake.stride()
-
-
-def test_the_gradient_of_pairs_in_half_precision_is_rounded_by_d_alone() -> None:
-    *real, fake = random_images(4, 4)
-    slope = torch.randn(8, 3, 6, 10, dtype=torch.bfloat16)
-    (got,) = torch.autograd.grad(in_pairs(real, fake.requires_grad_(True), torch.bfloat16), fake, slope)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_images_get_d_s_gradient_as_they_lie(form: torch.memory_format, dtype: torch.dtype) -> None:
+    """Rounded by D alone: it is multiplied in float32, where it is converted, whatever it was in."""
+    gradient = torch.randn(8, 3, 6, 10).to(dtype=dtype, memory_format=torch.channels_last)[1::2]
+    images = torch.randn(4, 3, 6, 10).to(memory_format=form).requires_grad_(True)
+    factor = torch.randn(4, 1, 1, 1)
+    (got,) = torch.autograd.grad(KnownOfEach.apply(images, 1, torch.ones([]), gradient, factor)[0], images)
     assert got.dtype == torch.float32
-    assert torch.equal(got, slope[1::2].float())
+    assert got.stride() == images.stride()
+    assert torch.equal(got, gradient.float() * factor)
 
 
-def test_pairs_are_not_differentiable_twice() -> None:
-    *real, fake = random_images(2, 2)
-    pairs = in_pairs(real, fake.requires_grad_(True), torch.float32)
-    (slope,) = torch.autograd.grad(pairs.square().sum(), fake, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        slope.sum().backward()
+def test_pairs_lead_to_none_of_them() -> None:
+    *real, fake = (images.requires_grad_(True) for images in random_images(2, 2))
+    assert not in_pairs(real, fake, torch.float32).requires_grad
 
 
 def test_what_makes_no_pairs_is_told() -> None:
@@ -179,8 +172,6 @@ def test_what_makes_no_pairs_is_told() -> None:
         in_pairs(real, fake, torch.float32)
     with pytest.raises(ValueError, match="a real image of its size"):
         in_pairs([fake[:, :1]], fake, torch.float32)
-    with pytest.raises(ValueError, match="detach"):
-        in_pairs([fake.clone().requires_grad_(True)], fake, torch.float32)
 
 
 @pytest.mark.parametrize("one_pass", [True, False])
@@ -232,3 +223,16 @@ def test_an_iteration_makes_no_gradient_of_a_slice_of_images(edit_weight: float)
     assert "aten::mul" in found
     assert not {"aten::stack", "aten::slice_backward"} & set(found)
     assert found.count("aten::cat") == (edit_weight > 0)
+
+
+def test_a_loss_that_is_known_beforehand() -> None:
+    """Its value and its gradient, times what it is multiplied by; and nothing of it before that is asked."""
+    image = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    mapped = image.sin()
+    value, gradient = known(lambda x: x.pow(3).mean(), mapped)
+    assert not value.requires_grad
+    assert not gradient.requires_grad
+    got, want = 2.5 * Known.apply(mapped, value, gradient), 2.5 * mapped.pow(3).mean()
+    torch.testing.assert_close(got, want)
+    slopes = [torch.autograd.grad(one, image, retain_graph=True)[0] for one in (got, want)]
+    torch.testing.assert_close(*slopes, rtol=1e-12, atol=0)
