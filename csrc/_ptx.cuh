@@ -24,6 +24,7 @@ __device__ __forceinline__ float limited(float value, float limit) {
 // may be rounded before they are limited, where the limit is rounded, too.
 template <typename T>
 __device__ __forceinline__ std::uint32_t limited_pair(std::uint32_t pair, std::uint32_t low, std::uint32_t high) {
+#if __CUDA_ARCH__ >= 800
     if constexpr (std::is_same_v<T, Bfloat>) {
         asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(high));
         asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(low));
@@ -32,6 +33,15 @@ __device__ __forceinline__ std::uint32_t limited_pair(std::uint32_t pair, std::u
         asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(low));
     }
     return pair;
+#else
+    float numbers[kLanes<T>], limits[kLanes<T>];
+    unpack<T>(make_uint4(pair, 0, 0, 0), numbers), unpack<T>(make_uint4(low, high, 0, 0), limits);
+    for (int i = 0; i < 2; ++i) {
+        if (numbers[i] < limits[i]) numbers[i] = limits[i];
+        if (numbers[i] > limits[2 + i]) numbers[i] = limits[2 + i];
+    }
+    return pack_pair<T>(numbers[0], numbers[1]);
+#endif
 }
 
 // Barriers among some of a block's threads: each thread either waits at it or only reports that it has come.

@@ -331,4 +331,16 @@ PYBIND11_MODULE(_C, module) {
         },
         py::call_guard<py::gil_scoped_release>(), py::kw_only(), "op"_a, "dtype"_a, "x"_a, "f"_a, "y"_a, "result"_a,
         "gain"_a, "slope"_a, "limit"_a, "of_bias"_a, "stream"_a);
+    module.def(
+        "upfirdn2d_branch",
+        [](const Upfirdn2d& op, int dtype, Address x, Address f, Address y, Address shrunk, int inputs, Address weight,
+           const std::array<std::int64_t, 2>& weight_strides, Address bias, bool bias_float, float gain, float slope,
+           float clamp, Address stream) {
+            const Upfirdn2dBranch branch{inputs, pointer(weight), weight_strides[0], weight_strides[1], pointer(bias),
+                                         bias_float, pointer(shrunk), gain, slope, clamp};
+            upfirdn2d_branch(Dtype{dtype}, pointer(x), pointer<float>(f), pointer(y), op, branch, stream_of(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), "op"_a, "dtype"_a, "x"_a, "f"_a, "y"_a, "shrunk"_a,
+        "inputs"_a, "weight"_a, "weight_strides"_a, "bias"_a, "bias_float"_a, "gain"_a, "slope"_a, "clamp"_a,
+        "stream"_a);
 }

@@ -75,6 +75,24 @@ void upfirdn2d_slope(Dtype dtype, const void* x, const float* f, void* y, const 
                      const Upfirdn2dSlope& slope, cudaStream_t stream);
 int upfirdn2d_slope_sums(Dtype dtype, const Upfirdn2d& args);
 
+// y = clamp(gain * act(w x + bias)), a 1x1 convolution of x [n, inputs, h, w], dense in channels_last; and beside it
+// what is filtered, y of [n, c, h, w], at half the size.
+struct Upfirdn2dBranch {
+    int inputs;          // 1 to 4
+    const void* weight;  // [c, inputs] with these strides
+    std::int64_t weight_o, weight_i;
+    const void* bias;    // [c], float where bias_float, else of the dtype; null: none
+    bool bias_float;
+    void* shrunk;        // [n, c, oh, ow]
+    float gain, slope;   // above zero; at most 1, what the activation multiplies numbers below zero by
+    float clamp;         // infinity: none
+};
+
+// A 4x4 filter of y, rounded, with down 2 and padding 1 before it, to half its size, channels_last in vectors of 16
+// bytes.
+void upfirdn2d_branch(Dtype dtype, const void* x, const float* f, void* y, const Upfirdn2d& args,
+                      const Upfirdn2dBranch& branch, cudaStream_t stream);
+
 // With a 4x4 filter, up 2 and down 1, plus `other` [n, c, oh, ow], dense in the layout of x, of x's dtype or, where
 // that is float32, of any. What is added to float32 in NCHW may be in channels_last.
 void upfirdn2d_add(Dtype x_dtype, const void* x, const float* f, Dtype other_dtype, const void* other,

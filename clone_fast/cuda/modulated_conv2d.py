@@ -4,7 +4,8 @@ to the image where one follows, and its weight gradient.
 The steps are those of `clone_fast.kernels.modulated_conv2d`; what is missing here, or is refused with a reason, runs
 there. What follows a convolution lies, on the way back, in `_act_backward.py`, resampling by 2 in `_resampled_conv.py`,
 its convolutions of stride 2 alone in `_strided_conv.py`, the filter behind these in `_finish.py`, what begins the
-gradient of an upsampling one in `_act_fir.py`, and what ends that of a downsampling one in `_fir_act.py`.
+gradient of an upsampling one in `_act_fir.py`, what ends that of a downsampling one in `_fir_act.py`, and the 1x1
+convolution of an image, with its result at half the size, in `_branch.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from clone_fast.cuda._act_backward import (
     supports_drawn_act_backward,
 )
 from clone_fast.cuda._act_fir import launch_act_fir, supports_act_fir
+from clone_fast.cuda._branch import launch_branch, supports_branch
 from clone_fast.cuda._finish import composes, launch_finish, supports_finish
 from clone_fast.cuda._fir_act import launch_fir_act, supports_fir_act
 from clone_fast.cuda._strided_conv import launch_strided, supports_strided
@@ -34,6 +36,7 @@ __all__ = [
     "launch",
     "launch_act_backward",
     "launch_act_fir",
+    "launch_branch",
     "launch_conv",
     "launch_drawn",
     "launch_drawn_act_backward",
@@ -43,6 +46,7 @@ __all__ = [
     "supports",
     "supports_act_backward",
     "supports_act_fir",
+    "supports_branch",
     "supports_conv",
     "supports_drawn",
     "supports_drawn_act_backward",
