@@ -26,6 +26,7 @@ struct ResampledConv {
     int noise_float, strength_float, bias_float;  // 1: float32, 0: x's dtype
     float gain, slope;  // of the activation, and what it multiplies numbers below zero by
     float clamp;  // infinity: none
+    void* filtered;  // for down = 2: [N, H + 1, W + 1, I], what the convolution reads; null: not wanted
 };
 
 // Compute capability 9.0 only, and at most 64 input channels.

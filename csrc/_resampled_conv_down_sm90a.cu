@@ -6,7 +6,8 @@
 // input by cp.async, keeps the last three rows that it has seen in registers, multiplies by the filter as a matrix and
 // stores the field, rounded to half precision as PyTorch's is. Even and odd rows and columns lie apart: so all taps of
 // the convolution see neighbouring pixels. Another warpgroup multiplies by the weights and finishes from its registers.
-// It also copies the last row of the field to where the next step has its first.
+// It also copies the last row of the field to where the next step has its first, and the field to memory where a weight
+// gradient will want it.
 #include "_resampled_conv_down.cuh"
 
 namespace clone_fast {
@@ -89,6 +90,32 @@ __device__ __forceinline__ void load_weights(const ResampledConv& op, const Segm
     barrier_wait(kWeightBarrier, S::kTeams * kGroup);
 }
 
+// What this team's step has filtered, to memory: the pixels whose own this strip and segment are, of which the blocks of
+// output channels, who all filter, share the rows. A warp stores 8 or 4 pixels that are neighbours, and neither chunks
+// nor columns that it reads at once share a bank.
+template <typename T, int kHalves>
+__device__ __forceinline__ void keep(const ResampledConv& op, const Segment& segment, int y, int thread,
+                                     std::uint32_t field) {
+    using S = Shape<T, kHalves>;
+    constexpr int kColumnsOfWarp = kHalves == 1 ? 4 : 2, kTurns = kGrid / kColumnsOfWarp;
+    const int warp = thread / 32, lane = thread % 32, rest = lane / 8;
+    const int chunk = lane % 4 + (kHalves == 1 ? 0 : 4 * (rest % 2));
+    const bool odd = kHalves == 1 ? rest % 2 : rest / 2;
+    const int column = lane / 4 % 2 + (kHalves == 1 ? 2 * (rest / 2) : 0);
+    const int height = op.height + 1, width = op.width + 1;
+    T* const out = static_cast<T*>(op.filtered) +
+                   static_cast<std::int64_t>(segment.sample) * height * width * op.in_channels + chunk * 8;
+    for (int item = warp; item < 5 * kTurns; item += kGroup / 32) {
+        const int row = item / kTurns, at = column + item % kTurns * kColumnsOfWarp;
+        const int to_y = 2 * y + row, to_x = 2 * (segment.x + at) + odd;
+        // the first row is the last of the step above, the last column the first of the next strip, where there is one
+        const bool own = (row > 0 || y == 0) && (at < kColumns || to_x == op.width);
+        if (!own || to_y >= height || to_x >= width || to_y % gridDim.y != blockIdx.y) continue;
+        store16(out + (static_cast<std::int64_t>(to_y) * width + to_x) * op.in_channels,
+                load_shared16(field + (chunk * kFieldChunk + field_row(row, odd) + at) * kUnit));
+    }
+}
+
 template <typename T, int kHalves>
 __device__ __forceinline__ void multiply(const ResampledConv& op, const Plan& plan, const Segment& segment, int team,
                                          int thread, std::uint32_t weight, std::uint32_t fields) {
@@ -154,6 +181,7 @@ __device__ __forceinline__ void multiply(const ResampledConv& op, const Plan& pl
             noise[h] = load_number<T>(op.noise, segment.sample * op.noise_stride + pixel_at + 8 * h, op.noise_float);
         }
         if (step + 1 < plan.steps) hand_on(field, fields + (buffer ^ 1) * S::kField);
+        if (op.filtered != nullptr) keep<T, kHalves>(op, segment, segment.y + (step - 1) * kRows, thread, field);
         group_wait<0>();
         release(step, buffer);
         buffer ^= 1;

@@ -208,15 +208,15 @@ PYBIND11_MODULE(_C, module) {
         .def(py::init([](int dtype, int n, int height, int width, int in_channels, int out_channels, Address x,
                          Address weight, Address y, Address filter, Address noise, Address strength, Address bias,
                          std::int64_t weight_stride, std::int64_t noise_stride, int filter_rank,
-                         const std::array<bool, 3>& floats, float gain, float slope, float clamp) {
+                         const std::array<bool, 3>& floats, float gain, float slope, float clamp, Address filtered) {
                  return ResampledConv{Dtype{dtype}, n, height, width, in_channels, out_channels, pointer(x),
                                       pointer(weight), pointer(y), pointer<float>(filter), pointer(noise),
                                       pointer(strength), pointer(bias), weight_stride, noise_stride, filter_rank,
-                                      floats[0], floats[1], floats[2], gain, slope, clamp};
+                                      floats[0], floats[1], floats[2], gain, slope, clamp, pointer(filtered)};
              }),
              py::kw_only(), "dtype"_a, "n"_a, "height"_a, "width"_a, "in_channels"_a, "out_channels"_a, "x"_a, "weight"_a,
              "y"_a, "filter"_a, "noise"_a, "strength"_a, "bias"_a, "weight_stride"_a, "noise_stride"_a, "filter_rank"_a,
-             "floats"_a, "gain"_a, "slope"_a, "clamp"_a);
+             "floats"_a, "gain"_a, "slope"_a, "clamp"_a, "filtered"_a = 0);
     module.def(
         "resampled_conv_up",
         [](const ResampledConv& op, Address stream) { resampled_conv_up(op, stream_of(stream)); }, unlocked);

@@ -313,6 +313,13 @@ def factor_gradients(
     return ds, None if dots is None or d is None else dots.sum(1) / d
 
 
+def kept(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    f, k = args[4], args[0].shape[-1]
+    padding = modulated_conv2d.downsampling_padding(f, k)
+    filtered = upfirdn2d.upfirdn2d(x, f, down=2 if k == 1 else 1, padding=padding)
+    return _convolution(x, *args), filtered
+
+
 def styles_backward(
     ws: Tensor, grads: list[Tensor], weights: list[Tensor], reads: list[int], gain: float, factors: list[float],
     want_ws: bool, want_layers: bool,
@@ -339,6 +346,7 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
         "launch_conv": conv,
         "launch_conv_add": conv_add,
         "launch_conv_finish": conv_finish,
+        "launch_kept": kept,
         "launch_finish": finish,
         "launch_wgrad": wgrad,
         "launch_act_backward": act_backward,
@@ -365,7 +373,7 @@ def steps(op: str, *, whole: bool = True) -> types.SimpleNamespace:
     result are, too."""
     functions = dict(SPEC[op])
     if op == "modulated_conv2d" and not whole:
-        for name in ("pointwise_backward", "act_fir", "fir_act", "conv_add", "drawn"):
+        for name in ("pointwise_backward", "act_fir", "fir_act", "conv_add", "drawn", "kept"):
             del functions[f"launch_{name}"]
         functions["supports"] = lambda *args: None if args[6:8] == (1, 1) else "fuses no resampling"
     if op in ("upfirdn2d", "modulated_conv2d"):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from clone_fast.ops.registration import layout_of
 from clone_fast.reference.bias_act import bias_act
-from clone_fast.reference.modulated_conv2d import resampled_conv2d
+from clone_fast.reference.modulated_conv2d import downsampling_padding, resampled_conv2d
+from clone_fast.reference.upfirdn2d import upfirdn2d
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_empty")]
 
@@ -89,6 +90,25 @@ def test_everything_fused(leaf: Any, shape: tuple[int, ...], dtype: torch.dtype)
 
     assert got.dtype == dtype
     assert_close(got, spec(torch.float64), spec(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0] == 1], ids=str)
+def test_what_the_convolution_reads_is_kept(leaf: Any, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    """Every pixel of it, by whichever block, and nothing else changes."""
+    up, n, i, o, h, w = shape
+    x = as_layout(fresh(n, i, h, w, dtype=dtype), layout)
+    weight, f = fresh(o, i, 3, 3, dtype=dtype, scale=(9 * i) ** -0.5), smooth() * fresh(4, 4).abs()
+    arguments = (x, weight, None, None, fresh(o), f, up, 3 - up, "lrelu", 2**0.5, 2.0)
+    assert leaf.supports_kept(*arguments) is None
+    y, filtered = leaf.launch_kept(*arguments)
+    assert torch.equal(y, leaf.launch(*arguments))
+    padding = downsampling_padding(f, 3)
+    assert filtered.is_contiguous(memory_format=layout_of(x))
+    plain = upfirdn2d(x, f, padding=padding)
+    assert_close(filtered, upfirdn2d(x.double(), f.double(), padding=padding), plain)
+    assert leaf.supports_kept(*arguments[:6], 2, 1, *arguments[8:]) is not None
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,6 +92,40 @@ def launch(
     between the convolution and the filter is rounded to x's dtype, as is the result. A NaN or an infinity spreads to
     the whole 4 x 4 filtered pixels of which it would reach one.
     """
+    return _launched(
+        False, x, weight, noise, noise_strength, bias, resample_filter, up, down, act, gain, clamp
+    )[0]
+
+
+def supports_kept(*args: Any) -> str | None:
+    """None where `launch_kept` can run, else the reason why not."""
+    return supports(*args) if args[7] == 2 else "only what is filtered before the convolution can be kept"
+
+
+def launch_kept(*args: Any) -> tuple[Tensor, Tensor]:
+    """With the arguments of `launch`, down=2: y, and x filtered [N, I, H + 1, W + 1], which the convolution reads.
+
+    That is upfirdn2d's result, rounded to x's dtype, in x's layout.
+    """
+    y, filtered = _launched(True, *args)
+    assert filtered is not None  # for the type checker
+    return y, filtered
+
+
+def _launched(
+    keep_filtered: bool,
+    x: Tensor,
+    weight: Tensor,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    bias: Tensor | None,
+    resample_filter: Tensor,
+    up: int,
+    down: int,
+    act: str,
+    gain: float,
+    clamp: float | None,
+) -> tuple[Tensor, Tensor | None]:
     n, in_channels, height, width = x.shape
     out_channels, size = weight.shape[-4], (height * up // down, width * up // down)
     dense = _channels_last(x)
@@ -99,6 +134,10 @@ def launch(
     noise, noise_strength, bias = (_number(value, x) for value in (noise, noise_strength, bias))
     resample_filter = resample_filter.contiguous()
     y = torch.empty([n, out_channels, *size], dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    filtered = None
+    if keep_filtered:
+        size_of_it = [n, in_channels, height + 1, width + 1]
+        filtered = torch.empty(size_of_it, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     op = _C.ResampledConv(
         dtype=DTYPES[x.dtype],
         n=n,
@@ -120,7 +159,8 @@ def launch(
         gain=gain,
         slope=SLOPES[act],
         clamp=inf if clamp is None else clamp,
+        filtered=pointer(filtered),
     )
     run = _C.resampled_conv_up if up == 2 else _C.resampled_conv_down
     run(op, stream(x))
-    return _in_layout_of(y, x)
+    return _in_layout_of(y, x), None if filtered is None else _in_layout_of(filtered, x)

@@ -11,6 +11,7 @@ convolution of an image, with its result at half the size, in `_branch.py`.
 from __future__ import annotations
 
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ __all__ = [
     "launch_drawn_act_backward",
     "launch_finish",
     "launch_fir_act",
+    "launch_kept",
     "launch_wgrad",
     "supports",
     "supports_act_backward",
@@ -52,6 +54,7 @@ __all__ = [
     "supports_drawn_act_backward",
     "supports_finish",
     "supports_fir_act",
+    "supports_kept",
     "supports_wgrad",
 ]
 
@@ -112,6 +115,20 @@ def launch(
             x, weight, noise, noise_strength, bias, resample_filter, up, down, act, gain, clamp
         )
     return _conv3x3(x, weight, False, noise, noise_strength, bias, SLOPES[act], gain, clamp)
+
+
+def supports_kept(*args: Any) -> str | None:
+    """None where `launch_kept` can run, else the reason why not."""
+    from clone_fast.cuda import _resampled_conv  # as above
+
+    return _resampled_conv.supports_kept(*args)
+
+
+def launch_kept(*args: Any) -> tuple[Tensor, Tensor]:
+    """With the arguments of `launch`, down=2: its result, and what the convolution reads, x filtered."""
+    from clone_fast.cuda import _resampled_conv  # as above
+
+    return _resampled_conv.launch_kept(*args)
 
 
 def supports_conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> str | None:

@@ -2,7 +2,7 @@
 
 On the way back the second one's filter ends where the activation of the first begins. As two ops the gradient between
 them was an image of all channels, written by the one and read by the other. And what the second one reads, filtered, is
-kept for its weight gradient, where the filter is a launch of its own.
+kept for its weight gradient, which would filter once more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clone_fast.ops import finished_weights
 from clone_fast.ops.convolution_gradients import IN_ONE_PASS, _behind_activation, _summed, _through_activation
-from clone_fast.ops.dispatch import is_whole, launch_step, resolve, runs_step
+from clone_fast.ops.dispatch import is_whole, launch_step, resolve, runs_step, step_if_any
 from clone_fast.ops.modulated_conv2d import (
     UNCHANGED,
     check_arguments,
@@ -54,6 +54,10 @@ def _run(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     second = _both(args, y)[1]
     if not keep_filtered:
         return y, finished_weights.run(down_backend, *second), y.new_empty([0])
+    found = step_if_any("modulated_conv2d", "kept", down_backend, *second)
+    if found is not None:
+        z, filtered = found
+        return y, as_result(z, y), as_result(filtered, y)
     _, weight, *shifts, f, _, _, act, gain, clamp = second
     filtered = as_result(filtered_down(down_backend, y, f, weight.shape[-1]), y)
     z = finished_weights.convolve_filtered(down_backend, filtered, weight, *shifts, act, gain, clamp)
@@ -252,15 +256,20 @@ def conv2d_down(
         second, down_fused, down_chosen = _resolved(x, down_weight, backend, **of_second)
         if fused and down_fused and "reference" not in (chosen, down_chosen):
             both = (x, *first, *fused, *second, resample_filter, *down_fused)
-            keep_filtered = torch.is_grad_enabled() and second[0].requires_grad and not _in_one(down_chosen, *both)
+            keep_filtered = torch.is_grad_enabled() and second[0].requires_grad and _can_keep(down_chosen, *both)
             return _op(*both, keep_filtered, down_chosen, chosen)[1]
     y = modulated_conv2d(x, weight, None, demodulate=False, **of_first, backend=backend)
     return modulated_conv2d(y, down_weight, None, demodulate=False, **of_second, backend=backend)
 
 
-def _in_one(down_backend: str, *args: Any) -> bool:
-    """Whether the second convolution and its filter are one launch; args: those of the op before `keep_filtered`."""
-    return is_whole("modulated_conv2d", down_backend, *_both((*args, False, down_backend), args[0])[1])
+def _can_keep(down_backend: str, *args: Any) -> bool:
+    """Whether what the second convolution reads gets to memory: it and its filter are two launches, or a leaf says so.
+
+    args: those of the op before `keep_filtered`.
+    """
+    second = _both((*args, False, down_backend), args[0])[1]
+    whole = is_whole("modulated_conv2d", down_backend, *second)
+    return not whole or runs_step("modulated_conv2d", "kept", *second)
 
 
 def _resolved(
