@@ -36,9 +36,9 @@ __device__ __forceinline__ Bytes16 within(Bytes16 gradients, Bytes16 results, fl
 }
 
 // What the threads have added up, over the columns of each piece of the block: [pieces, channels of a split], in the same
-// order every time.
+// order every time; pieces lie `apart` such rows from one another.
 template <int kV>
-__device__ __forceinline__ void add_up(const float (&mine)[kV], const Grid& g, float* to) {
+__device__ __forceinline__ void add_up(const float (&mine)[kV], const Grid& g, float* to, int apart = 1) {
     extern __shared__ Bytes16 ring[];
     float* sums = reinterpret_cast<float*>(ring);  // [pieces of the block, columns, channels of a split]
     const int lanes = g.lanes.divisor, channels = g.vectors.divisor * kV, pieces = kThreads / lanes;
@@ -51,7 +51,7 @@ __device__ __forceinline__ void add_up(const float (&mine)[kV], const Grid& g, f
         const int piece = i / channels, channel = i % channels;
         float sum = 0.0f;
         for (int group = 0; group < g.columns; ++group) sum += sums[piece * lanes * kV + group * channels + channel];
-        to[first * channels + i] = sum;
+        to[((first + piece) * apart) * channels + channel] = sum;
     }
 }
 

@@ -34,6 +34,14 @@ __device__ __forceinline__ void store_shared16(std::uint32_t to, Bytes16 bytes) 
                  : "memory");
 }
 
+// value where `seen` is above zero, else value * slope. As the compiler writes it, it takes one instruction more.
+__device__ __forceinline__ float sloped(float value, float seen, float slope) {
+    asm("{ .reg .pred above; setp.gt.f32 above, %1, 0f00000000; @!above mul.f32 %0, %0, %2; }"
+        : "+f"(value)
+        : "f"(seen), "f"(slope));
+    return value;
+}
+
 // Of two numbers of 16 bits: all bits set of each that is within [-limit, limit], none of another, nor of NaN.
 template <typename T>
 __device__ __forceinline__ std::uint32_t pair_within(std::uint32_t pair, std::uint32_t limit) {

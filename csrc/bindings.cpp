@@ -294,6 +294,24 @@ PYBIND11_MODULE(_C, module) {
                           other_channels_last, pointer(y), op, stream_of(stream));
         },
         unlocked);
+    module.def("upfirdn2d_join_sums", [](const Upfirdn2d& op, int dtype, int inputs) {
+        return upfirdn2d_join_sums(Dtype{dtype}, op, inputs);
+    });
+    module.def(
+        "upfirdn2d_join",
+        [](const Upfirdn2d& op, int dtype, Address x, Address f, Address other, Address result, float gain, float slope,
+           float limit, int inputs, Address input, Address weight, const Pair& weight_strides, Address of_input,
+           Address of_weight, Address of_bias, Address stream) {
+            const Upfirdn2dJoin branch{pointer(other),     pointer(result),           gain,
+                                         slope,              limit,                     inputs,
+                                         pointer(input),     pointer(weight),           weight_strides[0],
+                                         weight_strides[1],  pointer(of_input),         pointer<float>(of_weight),
+                                         pointer<float>(of_bias)};
+            upfirdn2d_join(Dtype{dtype}, pointer(x), pointer<float>(f), op, branch, stream_of(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), "op"_a, "dtype"_a, "x"_a, "f"_a, "other"_a, "result"_a,
+        "gain"_a, "slope"_a, "limit"_a, "inputs"_a, "input"_a, "weight"_a, "weight_strides"_a, "of_input"_a,
+        "of_weight"_a, "of_bias"_a, "stream"_a);
     module.def(
         "upfirdn2d_finish",
         [](const Upfirdn2d& op, int dtype, Address x, Address f, Address y, Address noise, std::int64_t noise_stride,

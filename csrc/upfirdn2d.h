@@ -93,6 +93,27 @@ struct Upfirdn2dBranch {
 void upfirdn2d_branch(Dtype dtype, const void* x, const float* f, void* y, const Upfirdn2d& args,
                       const Upfirdn2dBranch& branch, cudaStream_t stream);
 
+// Of y = clamp(gain * act(1x1 convolution of few inputs)), where what is filtered, plus `other`, is the gradient to y: the
+// gradients that the convolution has of it. Images in x's dtype and channels_last, sums in float32.
+struct Upfirdn2dJoin {
+    const void* other;   // [n, c, oh, ow]
+    const void* result;  // y, likewise
+    float gain, slope;   // slope: what the activation multiplies numbers below zero by
+    float limit;         // the largest |y| below the clamp, a number of the dtype; infinity: none
+    int inputs;          // 1 to 4
+    const void* input;   // [n, inputs, oh, ow]
+    const void* weight;  // of output o and input i at o * weight_o + i * weight_i, in x's dtype
+    int weight_o, weight_i;
+    void* of_input;    // like input; null: not wanted, as of what follows
+    float* of_weight;  // [n, rows, inputs, c], sums over the pixels
+    float* of_bias;    // [n, rows, c], likewise
+};
+
+// With a 4x4 filter, up 2 and down 1, of 8, 16, 32 or 64 channels; and how many rows of sums it makes.
+void upfirdn2d_join(Dtype dtype, const void* x, const float* f, const Upfirdn2d& args, const Upfirdn2dJoin& join,
+                    cudaStream_t stream);
+int upfirdn2d_join_sums(Dtype dtype, const Upfirdn2d& args, int inputs);
+
 // With a 4x4 filter, up 2 and down 1, plus `other` [n, c, oh, ow], dense in the layout of x, of x's dtype or, where
 // that is float32, of any. What is added to float32 in NCHW may be in channels_last.
 void upfirdn2d_add(Dtype x_dtype, const void* x, const float* f, Dtype other_dtype, const void* other,

@@ -37,6 +37,8 @@ inline Bytes16 load_shared16(std::uint32_t from) {
 }
 inline void store_shared16(std::uint32_t to, Bytes16 bytes) { memcpy(shared_pointer(to, 16), &bytes, 16); }
 
+inline float sloped(float value, float seen, float slope) { return seen > 0 ? value : value * slope; }
+
 template <typename T>
 std::uint32_t pair_within(std::uint32_t pair, std::uint32_t limit) {
     const auto number = [](std::uint32_t word, int shift) { return to_float(T{std::uint16_t(word >> shift)}); };

@@ -219,6 +219,17 @@ def fir_act(z: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
     return g, bias_sums
 
 
+def branch_backward(
+    dy: Tensor, dshrunk: Tensor, y: Tensor, x: Tensor, weight: Tensor, act: str, gain: float, clamp: float | None,
+    want_dx: bool, want_dw: bool, want_bias: bool, f: Tensor, padding: list[int], flip: bool, filter_gain: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """With one program for each sample."""
+    dy = dy + upfirdn2d.upfirdn2d(dshrunk, f, up=2, padding=padding, flip_filter=flip, gain=filter_gain)
+    g = act_backward(dy, y, None, None, act, gain, clamp, False, False, False)[0]
+    dx, dw = torch.einsum("oi,nohw->nihw", weight.flatten(1), g), torch.einsum("nohw,nihw->noi", g, x).flatten(1)
+    return dx if want_dx else None, dw if want_dw else None, g.sum([2, 3]) if want_bias else None
+
+
 def drawn(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *epilogue, act, gain, clamp, image_weight, image_bias, image_clamp = args
     y = _convolution(x, weight, *epilogue, None, 1, 1, act, gain, clamp)
@@ -352,6 +363,7 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
         "launch_act_backward": act_backward,
         "launch_act_fir": act_fir,
         "launch_fir_act": fir_act,
+        "launch_branch_backward": branch_backward,
         "launch_drawn": drawn,
         "launch_drawn_act_backward": drawn_act_backward,
         "launch_act_sums": act_sums,
@@ -369,11 +381,11 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
 
 def steps(op: str, *, whole: bool = True) -> types.SimpleNamespace:
     """The leaf of an op; where it is not `whole`, modulated_conv2d has to be composed of steps where it resamples, and
-    the gradients of a 1x1 convolution and of a resampling one, the former's sum with an image and the image drawn of a
-    result are, too."""
+    the gradients of a 1x1 convolution, alone or with a filter's, and of a resampling one, the former's sum with an
+    image and the image drawn of a result are, too."""
     functions = dict(SPEC[op])
     if op == "modulated_conv2d" and not whole:
-        for name in ("pointwise_backward", "act_fir", "fir_act", "conv_add", "drawn", "kept"):
+        for name in ("pointwise_backward", "branch_backward", "act_fir", "fir_act", "conv_add", "drawn", "kept"):
             del functions[f"launch_{name}"]
         functions["supports"] = lambda *args: None if args[6:8] == (1, 1) else "fuses no resampling"
     if op in ("upfirdn2d", "modulated_conv2d"):

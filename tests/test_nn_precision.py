@@ -158,7 +158,7 @@ def test_own_dtype_by_name_changes_no_bit(kind: str) -> None:
 
 
 def watch_pairs(monkeypatch: pytest.MonkeyPatch, note: Callable[[str, Tensor, tuple[Tensor, ...]], None]) -> None:
-    """Shows the input and the results of the ops that are two layers in one, which no layer's hooks see."""
+    """Shows the input and the results of the ops that are a layer and more, which no layer's hooks see."""
 
     def watched(name: str, op: Any) -> Any:
         def run(x: Tensor, *args: Any, **options: Any) -> Any:
@@ -168,7 +168,8 @@ def watch_pairs(monkeypatch: pytest.MonkeyPatch, note: Callable[[str, Tensor, tu
 
         return run
 
-    for part, name in (("generator", "modulated_conv2d_torgb"), ("discriminator", "conv2d_down")):
+    ops = {"generator": ["modulated_conv2d_torgb"], "discriminator": ["conv2d_branch", "conv2d_down"]}
+    for part, name in ((part, name) for part, names in ops.items() for name in names):
         module = sys.modules[f"clone_fast.nn.{part}"]
         monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
 
@@ -196,7 +197,7 @@ def test_convolutions_run_in_the_dtype_and_nothing_else_does(
     assert d(image, dtype=dtype).dtype == torch.float32
     assert d.features(image, dtype=dtype).dtype == torch.float32
     convolutions = {name: found for name, found in seen.items() if "fc" not in name and "out" not in name}
-    assert len(convolutions) == 8 + 2 * 2 + 1 + 1  # the result of a pair of convolutions is one
+    assert len(convolutions) == 7 + 2 * 2 + 2 + 1 + 1  # the result of a pair of convolutions is one
     assert set(convolutions.values()) == {(dtype, dtype)}
     assert {found for name, found in seen.items() if name not in convolutions} == {(torch.float32, torch.float32)}
 
@@ -227,7 +228,7 @@ def test_float16_is_never_without_a_limit(limit: float | None, monkeypatch: pyte
     )
     assert g.synthesis(ws, dtype=torch.float16).isfinite().all()
     assert d(image, dtype=torch.float16).isfinite().all()
-    assert high == pytest.approx([limit or 256, (limit or 256) * 0.5**0.5], rel=1e-3)
+    assert high == pytest.approx([limit or 256, limit or 256, (limit or 256) * 0.5**0.5], rel=1e-3)
     high.clear()
     g.synthesis(ws, dtype=torch.bfloat16)
     d(image, dtype=torch.bfloat16)

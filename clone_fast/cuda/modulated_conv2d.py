@@ -5,7 +5,7 @@ The steps are those of `clone_fast.kernels.modulated_conv2d`; what is missing he
 there. What follows a convolution lies, on the way back, in `_act_backward.py`, resampling by 2 in `_resampled_conv.py`,
 its convolutions of stride 2 alone in `_strided_conv.py`, the filter behind these in `_finish.py`, what begins the
 gradient of an upsampling one in `_act_fir.py`, what ends that of a downsampling one in `_fir_act.py`, and the 1x1
-convolution of an image, with its result at half the size, in `_branch.py`.
+convolution of an image, with its result at half the size, in `_branch.py`, the way back there in `_branch_backward.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from clone_fast.cuda._act_backward import (
 )
 from clone_fast.cuda._act_fir import launch_act_fir, supports_act_fir
 from clone_fast.cuda._branch import launch_branch, supports_branch
+from clone_fast.cuda._branch_backward import launch_branch_backward, supports_branch_backward
 from clone_fast.cuda._finish import composes, launch_finish, supports_finish
 from clone_fast.cuda._fir_act import launch_fir_act, supports_fir_act
 from clone_fast.cuda._strided_conv import launch_strided, supports_strided
@@ -38,6 +39,7 @@ __all__ = [
     "launch_act_backward",
     "launch_act_fir",
     "launch_branch",
+    "launch_branch_backward",
     "launch_conv",
     "launch_drawn",
     "launch_drawn_act_backward",
@@ -49,6 +51,7 @@ __all__ = [
     "supports_act_backward",
     "supports_act_fir",
     "supports_branch",
+    "supports_branch_backward",
     "supports_conv",
     "supports_drawn",
     "supports_drawn_act_backward",

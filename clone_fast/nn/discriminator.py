@@ -12,7 +12,7 @@ from clone_fast.nn.architecture import RESAMPLE_TAPS, Architecture
 from clone_fast.nn.layers import Conv2dLayer, FullyConnectedLayer, at_least_float32, fast_layout, in_one_go, run
 from clone_fast.nn.mapping import MappingNetwork
 from clone_fast.nn.tables import bias_table
-from clone_fast.ops import conv2d_down, downsampled_branch, setup_filter
+from clone_fast.ops import conv2d_branch, conv2d_down, downsampled_branch, setup_filter
 
 
 class DiscriminatorBlock(nn.Module):
@@ -33,10 +33,12 @@ class DiscriminatorBlock(nn.Module):
 
     def forward(self, x: Tensor, biases: Mapping[str, Tensor] | None = None) -> Tensor:
         """biases: of fromrgb, conv0 and conv1 as these take them, by name; None: made there."""
-        biases = biases or {}
+        biases, f = biases or {}, self.resample_filter.float()
         if hasattr(self, "fromrgb"):
-            x = self.fromrgb(x, bias=biases.get("fromrgb"))
-        x, shrunk = downsampled_branch(x, self.resample_filter.float())
+            weight, rest = self.fromrgb.finished(x.dtype, bias=biases.get("fromrgb"))
+            x, shrunk = conv2d_branch(x, weight, f, **rest)
+        else:
+            x, shrunk = downsampled_branch(x, f)
         # each branch at sqrt(1/2), so that the sum keeps the variance
         weight, first = self.conv0.finished(x.dtype, bias=biases.get("conv0"))
         down_weight, second = self.conv1.finished(x.dtype, 0.5**0.5, biases.get("conv1"))

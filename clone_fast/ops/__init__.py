@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from clone_fast.ops.bias_act import bias_act
 from clone_fast.ops.conv2d_add import conv2d_add
+from clone_fast.ops.conv2d_branch import conv2d_branch
 from clone_fast.ops.conv2d_down import conv2d_down
 from clone_fast.ops.dispatch import backend, compile_ahead, explain, is_fast
 from clone_fast.ops.laplacian_pyramid import laplacian_pyramid, laplacian_pyramid_loss
@@ -19,6 +20,7 @@ __all__ = [
     "bias_act",
     "compile_ahead",
     "conv2d_add",
+    "conv2d_branch",
     "conv2d_down",
     "downsample2d",
     "downsampled_branch",

@@ -6,6 +6,7 @@ On a fast backend it costs no pass of its own over the larger image.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ __all__ = ["downsampled_branch", "upsample2d_add"]
 ONE, TWO = [1, 1], [2, 2]
 
 
-def _run(backend: str, x: Tensor, other: Tensor, *args: Any) -> Tensor:
+def run(backend: str, x: Tensor, other: Tensor, *args: Any) -> Tensor:
+    """upfirdn2d(x, *args) + other, in one launch where a leaf can."""
     if backend == "reference":
         f, up, down, padding, flip, gain = args
         y = spec.upfirdn2d(x, f, up=up, down=down, padding=padding, flip_filter=flip, gain=gain)
@@ -52,7 +54,7 @@ def _gradients(recorded: Recorded, grads: list[Tensor], wanted: list[int]) -> li
 _op = register(
     "upfirdn2d_add",
     "(Tensor x, Tensor other, Tensor f, int[] up, int[] down, int[] padding, bool flip_filter, float gain) -> Tensor",
-    run=_run,
+    run=run,
     fake=lambda x, other, *_: empty_result(x, other.shape),
     gradients=_gradients,
     differentiable=[0, 1],
@@ -89,6 +91,17 @@ def upsample2d_add(x: Tensor, f: Tensor, other: Tensor, *, backend: str = "auto"
     return y
 
 
+def joined(
+    mine: Tensor | None, shrunk: Tensor | None, size: Sequence[int], f: Tensor, padding: list[int], backend: str
+) -> Tensor | None:
+    """The gradient to an image of this size (y, x), of its own and of that to what a filter with down 2 made of it."""
+    if shrunk is None:
+        return mine
+    args = (f, *adjoint(size, shrunk.shape[2:], f, ONE, TWO, padding), True, 1.0, backend)
+    both: Tensor = registered(shrunk, *args) if mine is None else _op(shrunk, mine, *args)
+    return both
+
+
 class _Branch(torch.autograd.Function):
     """Of registered ops, in both directions: so differentiable again. Itself it is no op, as it returns its input."""
 
@@ -103,10 +116,7 @@ class _Branch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         (f,) = ctx.saved_tensors
         mine, shrunk = grads
-        if shrunk is None:
-            return mine, None, None, None
-        args = (f, *adjoint(ctx.size, shrunk.shape[2:], f, ONE, TWO, ctx.padding), True, 1.0, ctx.backend)
-        return (registered(shrunk, *args) if mine is None else _op(shrunk, mine, *args)), None, None, None
+        return joined(mine, shrunk, ctx.size, f, ctx.padding, ctx.backend), None, None, None
 
 
 def downsampled_branch(x: Tensor, f: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
