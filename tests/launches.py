@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-OPS = ("bias_act", "upfirdn2d", "modulated_conv2d", "laplacian_pyramid", "styles")
+OPS = ("bias_act", "upfirdn2d", "modulated_conv2d", "laplacian_pyramid", "styles", "minibatch_stddev")
 FREE = (
     "aten::empty",
     "aten::new_empty",

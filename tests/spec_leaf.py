@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from clone_fast.ops.registration import as_result
-from clone_fast.reference import bias_act, laplacian_pyramid, modulated_conv2d, styles, upfirdn2d
+from clone_fast.reference import bias_act, laplacian_pyramid, minibatch_stddev, modulated_conv2d, styles, upfirdn2d
 from clone_fast.reference.bias_act import ACTIVATIONS
 
 OPTIONS = ("dim", "act", "alpha", "gain", "clamp")
@@ -331,6 +331,12 @@ def kept(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return _convolution(x, *args), filtered
 
 
+@differentiating
+def stddev_backward(dy: Tensor, x: Tensor, *args: int) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    return as_result(torch.autograd.grad(minibatch_stddev.minibatch_stddev(leaf, *args), leaf, dy.detach())[0], x)
+
+
 def styles_backward(
     ws: Tensor, grads: list[Tensor], weights: list[Tensor], reads: list[int], gain: float, factors: list[float],
     want_ws: bool, want_layers: bool,
@@ -376,6 +382,10 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
         "launch_factor_gradients": factor_gradients,
     },
     "styles": {"launch": styles.styles, "launch_backward": styles_backward},
+    "minibatch_stddev": {
+        "launch": lambda x, *args: as_result(minibatch_stddev.minibatch_stddev(x, *args), x),
+        "launch_backward": stddev_backward,
+    },
 }
 
 

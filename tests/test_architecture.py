@@ -19,7 +19,7 @@ from clone_fast.checkpoints import save_network
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "clone_fast"
-OPS = ("bias_act", "upfirdn2d", "modulated_conv2d", "laplacian_pyramid", "styles")
+OPS = ("bias_act", "upfirdn2d", "modulated_conv2d", "laplacian_pyramid", "styles", "minibatch_stddev")
 IN_PLACE = ("adam",)  # on every floor, too, but with nothing to differentiate, nor to choose a backend for
 MAX_LINES = 400
 

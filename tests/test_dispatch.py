@@ -24,6 +24,7 @@ from clone_fast.ops import (
     dispatch,
     explain,
     laplacian_pyramid_loss,
+    minibatch_stddev,
     modulated_conv2d,
     setup_filter,
     styles,
@@ -38,6 +39,7 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     "modulated_conv2d": lambda **kwargs: modulated_conv2d(X, torch.ones(1, 2, 1, 1), torch.ones(1, 2), **kwargs),
     "laplacian_pyramid": lambda **kwargs: laplacian_pyramid_loss(X, X, **kwargs),
     "styles": lambda **kwargs: styles(X[0], [X[0, 0]], [X[0, 0, 0]], reads=[1], **kwargs)[0],
+    "minibatch_stddev": lambda **kwargs: minibatch_stddev(X, 1, **kwargs),
 }
 
 
@@ -368,6 +370,14 @@ def test_explain_says_where_the_steps_run(leaves: dict[str, str | None], monkeyp
     filter_, weight = setup_filter([1, 3, 3, 1]), torch.ones(1, 2, 3, 3)
     lines = explain("modulated_conv2d", X, weight, torch.ones(1, 2), up=2, resample_filter=filter_).splitlines()
     assert lines[0] == "modulated_conv2d on cuda: accepted, conv on triton"
+
+
+def test_explain_says_where_all_of_an_op_runs(leaves: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    other = made(launch=lambda x, *args: x)
+    found = {"cuda": made(composes=lambda *args: None), "triton": other}
+    monkeypatch.setattr(dispatch, "leaf", lambda op, name: found[name])
+    monkeypatch.setattr(dispatch, "_why_not", lambda op, name, x, args: None)
+    assert explain("minibatch_stddev", X, 1).splitlines()[0] == "minibatch_stddev on cuda: accepted, on triton"
 
 
 def test_explain_refuses_what_the_op_refuses() -> None:

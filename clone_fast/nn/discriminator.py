@@ -12,7 +12,7 @@ from clone_fast.nn.architecture import RESAMPLE_TAPS, Architecture
 from clone_fast.nn.layers import Conv2dLayer, FullyConnectedLayer, at_least_float32, fast_layout, in_one_go, run
 from clone_fast.nn.mapping import MappingNetwork
 from clone_fast.nn.tables import bias_table
-from clone_fast.ops import conv2d_branch, conv2d_down, downsampled_branch, setup_filter
+from clone_fast.ops import conv2d_branch, conv2d_down, downsampled_branch, minibatch_stddev, setup_filter
 
 
 class DiscriminatorBlock(nn.Module):
@@ -45,27 +45,6 @@ class DiscriminatorBlock(nn.Module):
         second = {f"down_{name}": value for name, value in second.items()}
         y = conv2d_down(x, weight, down_weight, self.conv1.resample_filter.float(), **first, **second)
         return self.skip(shrunk, gain=0.5**0.5, other=y)
-
-
-def minibatch_stddev(x: Tensor, group_size: int | None, num_channels: int) -> Tensor:
-    """Append to [N, C, H, W] the mean standard deviation within groups of samples (Karras et al. 2018, section 3).
-
-    Computed in float32 at least, appended in x's dtype.
-
-    Sample n belongs to group n mod (N / group_size); in a group of one the feature is the constant 1e-4.
-
-    Raises:
-        ValueError: N is no multiple of the group size.
-    """
-    n, c, h, w = x.shape
-    group = n if group_size is None else min(group_size, n)
-    if n % group:
-        raise ValueError(f"the batch must be a multiple of the discriminator's group size {group}, got {n}")
-    y = x.to(at_least_float32(x.dtype))
-    y = y.reshape(group, -1, num_channels, c // num_channels, h, w)  # [G, N/G, F, C/F, H, W]
-    y = (y.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N/G, F]
-    y = y.to(x.dtype).repeat(group, 1)  # [N, F]
-    return torch.cat([x, y[:, :, None, None].expand(-1, -1, h, w)], dim=1)
 
 
 class DiscriminatorEpilogue(nn.Module):

@@ -1,4 +1,4 @@
-"""The five ops: what each means, the checks of its arguments, and which backend runs it."""
+"""The six ops: what each means, the checks of its arguments, and which backend runs it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from clone_fast.ops.conv2d_branch import conv2d_branch
 from clone_fast.ops.conv2d_down import conv2d_down
 from clone_fast.ops.dispatch import backend, compile_ahead, explain, is_fast
 from clone_fast.ops.laplacian_pyramid import laplacian_pyramid, laplacian_pyramid_loss
+from clone_fast.ops.minibatch_stddev import minibatch_stddev
 from clone_fast.ops.modulated_conv2d import modulated_conv2d
 from clone_fast.ops.modulated_conv2d_torgb import modulated_conv2d_torgb
 from clone_fast.ops.styles import styles
@@ -30,6 +31,7 @@ __all__ = [
     "is_fast",
     "laplacian_pyramid",
     "laplacian_pyramid_loss",
+    "minibatch_stddev",
     "modulated_conv2d",
     "modulated_conv2d_torgb",
     "setup_filter",

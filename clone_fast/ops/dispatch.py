@@ -29,7 +29,7 @@ from torch import Tensor
 from clone_fast._compiler import constant_result
 from clone_fast.errors import BackendError
 
-OPS = ("bias_act", "upfirdn2d", "modulated_conv2d", "laplacian_pyramid", "styles")
+OPS = ("bias_act", "upfirdn2d", "modulated_conv2d", "laplacian_pyramid", "styles", "minibatch_stddev")
 BACKENDS = ("auto", "reference", "triton", "cuda")
 CANNOT = "cannot run this call: "
 PREFERENCE = ("cuda", "triton")  # what "auto" tries before the reference
@@ -220,7 +220,7 @@ def _step_leaf(op: str, step: str, backend: str, args: tuple[Any, ...]) -> Leaf 
         if not isinstance(found, str) and reason is None:
             notes = _notes.get()
             if notes is not None and name != backend:
-                notes.append(f"{step} on {name}")
+                notes.append(f"{step} on {name}".lstrip())
             return found
         reasons.append(f"{name}: {reason}")
     return "; ".join(reasons)
