@@ -49,7 +49,9 @@ def apart_in_d(wanted: bool) -> AbstractContextManager[Any]:
     if not wanted:
         return nullcontext()
 
-    def compare(self: Adversary, real: Sequence[Tensor], fake: Tensor, label: Tensor | None, watch: Any = None) -> Any:
+    def compare(
+        self: Adversary, real: Sequence[Tensor], fake: Tensor, label: Tensor | None, watch: Any = None, _: Any = None
+    ) -> Any:
         fake = fake.detach().requires_grad_(self.one_pass)
         logits = [self.judge(torch.cat(list(real)), label), self.judge(fake, label, watch)]
         return torch.stack(logits, dim=1).flatten(0, 1), fake

@@ -52,7 +52,18 @@ def nearest_factor(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def in_pairs(real: Sequence[Tensor], fake: Tensor, dtype: torch.dtype) -> Tensor:
+def half_of_pairs(real: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """[2 N, C, H, W] of which every second is one of N real images: what `in_pairs` begins with, made beforehand."""
+    shape, where = real[0].shape[1:], real[0].device
+    counts = [len(part) for part in real]
+    both = torch.empty([2 * sum(counts), *shape], dtype=dtype, device=where, memory_format=fast_format(where))
+    for place, part in zip(both[::2].split(counts), real, strict=True):
+        place.copy_(part)
+    return both
+
+
+@torch.no_grad()
+def in_pairs(real: Sequence[Tensor], fake: Tensor, dtype: torch.dtype, half: Tensor | None = None) -> Tensor:
     """[2 N, C, H, W] in dtype, and as D wants it to lie: real images, and behind each a fake. It leads to neither.
 
     What D would convert is written once.
@@ -60,6 +71,7 @@ def in_pairs(real: Sequence[Tensor], fake: Tensor, dtype: torch.dtype) -> Tensor
     Args:
         real: one after the other N of them.
         fake: [N, C, H, W].
+        half: what `half_of_pairs` made of these real images, to be completed in place.
 
     Raises:
         ValueError: there are more or fewer of one than of the other, or they differ in size.
@@ -67,12 +79,8 @@ def in_pairs(real: Sequence[Tensor], fake: Tensor, dtype: torch.dtype) -> Tensor
     if sum(len(part) for part in real) != len(fake) or any(part.shape[1:] != fake.shape[1:] for part in real):
         shapes = ", ".join(str(list(part.shape)) for part in real)
         raise ValueError(f"there must be a real image of its size for each fake, got {shapes} for {list(fake.shape)}")
-    n, *shape = fake.shape
-    where = fake.device
-    both = torch.empty([2 * n, *shape], dtype=dtype, device=where, memory_format=fast_format(where))
+    both = half_of_pairs(real, dtype) if half is None else half
     both[1::2] = fake
-    for place, part in zip(both[::2].split([len(part) for part in real]), real, strict=True):
-        place.copy_(part)
     return both
 
 
@@ -110,8 +118,24 @@ class Adversary:
         self.turns += 1
         return self.settings.r1_gamma > 0 and (self.turns - 1) % self.settings.r1_interval == 0
 
+    def begin(self, real: Sequence[Tensor]) -> Tensor | None:
+        """What a `turn` shows D of these real images can be made before its fakes are; None where it is nothing."""
+        return half_of_pairs(real, self.precision.dtype) if self._pairs(sum(map(len, real))) else None
+
+    def _pairs(self, count: int) -> bool:
+        """Whether so many real images and their fakes are shown in one forward: where D's groups stay as they are."""
+        arch = self.discriminator.arch
+        return not arch.mbstd_num_channels or (arch.mbstd_group_size is not None and count % arch.mbstd_group_size == 0)
+
     def turn(
-        self, real: Sequence[Tensor], images: Tensor, label: Tensor | None, local: bool, rate: Tensor, penalised: bool
+        self,
+        real: Sequence[Tensor],
+        images: Tensor,
+        label: Tensor | None,
+        local: bool,
+        rate: Tensor,
+        penalised: bool,
+        begun: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
         """One step of D on max 1_p[lambda L_adv_local] + L_global, with R1 if penalised.
 
@@ -126,6 +150,7 @@ class Adversary:
             real: as many as images, in any number of tensors.
             images: of G, whose graph the terms lead to.
             rate: [], factor of the learning rate, on the device.
+            begun: what `begin` made of real; used up.
 
         Returns:
             What D minimises; G's terms by name; and the images, those of the local term and the others, for further
@@ -135,7 +160,7 @@ class Adversary:
         game = Game(s.adversarial_weight, s.cohesion_weight, len(images), bool(local), s.saturating)
         self.discriminator.requires_grad_(True)
         below: list[Tensor] = []
-        logits, shown = self.compare(real, images.detach(), label, below.append if self.one_pass else None)
+        logits, shown = self.compare(real, images.detach(), label, below.append if self.one_pass else None, begun)
         objective = loss = game.of_d(logits)
         if penalised:
             scale = self.precision.loss_scale
@@ -176,20 +201,20 @@ class Adversary:
         fake: Tensor,
         label: Tensor | None,
         watch: Callable[[Tensor], None] | None = None,
+        begun: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits [2 N, 1], a fake's behind each real image's, in one forward where that leaves D's groups as they are.
 
         And the images that D was shown, of which the last are the fakes, or every second one: in one pass they get a
-        gradient. watch: that of the forward in which the fakes are.
+        gradient. watch: that of the forward in which the fakes are. begun: as in `turn`.
 
         Sample n of M belongs to group n mod (M / size): taken in turns, even groups hold real images, odd ones fakes.
         """
-        arch = self.discriminator.arch
-        if arch.mbstd_num_channels and (arch.mbstd_group_size is None or len(fake) % arch.mbstd_group_size):
+        if not self._pairs(len(fake)):
             fake = fake.detach().requires_grad_(self.one_pass)
             logits = [self.judge(torch.cat(list(real)), label), self.judge(fake, label, watch)]
             return torch.stack(logits, dim=1).flatten(0, 1), fake
-        both = in_pairs(real, fake, self.precision.dtype).requires_grad_(self.one_pass)
+        both = in_pairs(real, fake, self.precision.dtype, begun).requires_grad_(self.one_pass)
         return self.judge(both, None if label is None else label.repeat_interleave(2, dim=0), watch), both
 
     def judge(

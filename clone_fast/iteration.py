@@ -161,7 +161,7 @@ class Tweak:
         s, table, device = self.settings, self.draws.table, self.photo.device
         # beside the networks, as is all that only a step of Adam or a later iteration needs
         rate = aside(device, "measure", lambda: table["rate"], reads=[])
-        images, before, label, edited, wanted = self._draw(local)
+        images, before, label, edited, wanted, begun = self._draw(local)
         joined(device, "measure")
         values: dict[str, Tensor] = {}
         terms: dict[str, Tensor] = {}
@@ -171,8 +171,8 @@ class Tweak:
         early = judged and local
         likeness = aside(device, "recon", partial(known, self.reconstruction, clone), [clone]) if early else None
         if self.adversary is not None and judged:
-            real = [*([self.photo] if local else []), before if self.pool is None else self.real[: len(before)]]
-            done = self.adversary.turn(real, images, label, local, rate, penalised)
+            joined(device, "pairs")
+            done = self.adversary.turn(self._real(local, before), images, label, local, rate, penalised, begun)
             values["loss_d"], terms, (clone, others) = done  # what is made of these joins the gradient of its terms
         if local:
             # beside the loss, which does not need it
@@ -198,6 +198,10 @@ class Tweak:
         joined(device, "measure")
         self.names[local] = tuple(values)
 
+    def _real(self, local: bool, before: Tensor) -> list[Tensor]:
+        """What D takes for real: the photo, and images of the pool or of the original."""
+        return [*([self.photo] if local else []), before if self.pool is None else self.real[: len(before)]]
+
     def _draw(self, local: bool | int) -> Drawn:
         """What the two generators draw in an iteration, each in one batch."""
         s, table = self.settings, self.draws.table
@@ -211,6 +215,10 @@ class Tweak:
             with torch.no_grad():
                 known = _synthesise(self.original, [], rest, moved, self.latent.noise, s)
             before, wanted = known[:others], self.offset + known[others:]
+        begun = None
+        if self.adversary is not None and s.judges(bool(local)):
+            real = self._real(bool(local), before)
+            begun = aside(self.photo.device, "pairs", partial(self.adversary.begin, real), reads=real)
         if rest and s.tune_mapping:
             rest = [self.generator.mapping(table["z"][:others], c)]
         drawn = _synthesise(self.generator, own, rest, moved, self.maps, s)
@@ -218,7 +226,7 @@ class Tweak:
             c = torch.cat([self.label, c])
         # both parts get a gradient: a split puts them together in one pass, slices in several
         images, edited = drawn.split([local + others, len(moved)]) if moved else (drawn, drawn[:0])
-        return Drawn(images, before, c, edited, wanted)
+        return Drawn(images, before, c, edited, wanted, begun)
 
 
 class Drawn(NamedTuple):
@@ -230,6 +238,7 @@ class Drawn(NamedTuple):
         label: [n, c_dim] of `images`, None if unconditional.
         edited: [1, C, R, R], the clone after a random move of its latent; [0, C, R, R] without edits.
         wanted: likewise, what it shall be: the photo plus what that move changes in the original's image.
+        begun: what D is shown, as far as it was there before `images`; on the lane "pairs".
     """
 
     images: Tensor
@@ -237,6 +246,7 @@ class Drawn(NamedTuple):
     label: Tensor | None
     edited: Tensor
     wanted: Tensor
+    begun: Tensor | None
 
 
 def _synthesise(

@@ -353,11 +353,7 @@ def styles_backward(
 SPEC: dict[str, dict[str, Callable[..., Any]]] = {
     "bias_act": {"launch": _bias_act, "launch_backward": bias_act_backward, "launch_second": bias_act_second},
     "upfirdn2d": {"launch": _upfirdn2d, "launch_add": _upfirdn2d_add},
-    "laplacian_pyramid": {
-        "launch": _loss,
-        "launch_keep": laplacian_keep,
-        "launch_backward": laplacian_backward,
-    },
+    "laplacian_pyramid": {"launch": _loss, "launch_keep": laplacian_keep, "launch_backward": laplacian_backward},
     "modulated_conv2d": {
         "launch": _convolution,
         "launch_conv": conv,

@@ -13,7 +13,7 @@ from launches import Launches
 from tiny import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from clone_fast.adversary import Adversary, in_pairs, nearest_factor
+from clone_fast.adversary import Adversary, half_of_pairs, in_pairs, nearest_factor
 from clone_fast.known import Known, KnownOfEach, known
 from clone_fast.nn import Discriminator, Precision
 from clone_fast.nn.layers import fast_layout
@@ -139,9 +139,13 @@ def random_images(*counts: int, channels: int = 3, dtype: torch.dtype = torch.fl
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("counts", [(4,), (1, 3), (1, 0), (2, 1, 2)], ids=str)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pairs_are_what_d_would_make_of_a_stack(counts: tuple[int, ...], dtype: torch.dtype, channels: int) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_pairs_are_what_d_would_make_of_a_stack(
+    counts: tuple[int, ...], dtype: torch.dtype, channels: int, begun: bool
+) -> None:
     *real, fake = random_images(*counts, sum(counts), channels=channels)
-    got, want = in_pairs(real, fake, dtype), plain_pairs(real, fake, dtype)
+    want = plain_pairs(real, fake, dtype)
+    got = in_pairs(real, fake, dtype, half_of_pairs(real, dtype) if begun else None)
     assert got.dtype == dtype
     assert got.is_contiguous(memory_format=torch.channels_last)  # with one channel that is more than one stride
     assert torch.equal(got, want)

@@ -38,6 +38,7 @@ ARGUMENTS = (
 )
 DIFFERENTIABLE = [0, 1, 2, 6, 7]
 OF_Y = -1  # in the place of such a position
+KEPT = 1 << 29  # bytes of what is kept, at most: the largest images are better filtered twice than held all the way
 
 
 def _both(args: Sequence[Any], y: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -268,6 +269,8 @@ def _can_keep(down_backend: str, *args: Any) -> bool:
     args: those of the op before `keep_filtered`.
     """
     second = _both((*args, False, down_backend), args[0])[1]
+    if args[0].nbytes > KEPT:
+        return False
     whole = is_whole("modulated_conv2d", down_backend, *second)
     return not whole or runs_step("modulated_conv2d", "kept", *second)
 
