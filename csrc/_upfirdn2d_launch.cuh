@@ -35,6 +35,23 @@ std::int64_t blocks_wanted(Kernel* kernel, int shared_bytes, int percent) {
     return std::int64_t{percent} * std::max(1, blocks) * multiprocessors(kOp) / 100;
 }
 
+// Into how many bands to cut pieces as high as an image, which is `most` at the most: as many as give the blocks wanted.
+// Where these would leave a tenth of the multiprocessors' turns empty, as few more as would not, if the machine can hold
+// them all at once: ten images of 17 strips are 170 blocks, of which 38 of 132 multiprocessors would get two.
+inline int bands_of(std::int64_t pieces, int per_block, std::int64_t wanted, std::int64_t held, int most) {
+    const std::int64_t processors = multiprocessors(kOp);
+    const auto blocks = [&](int bands) { return (pieces * bands + per_block - 1) / per_block; };
+    const auto is_even = [&](int bands) {
+        const std::int64_t turns = (blocks(bands) + processors - 1) / processors;
+        return 10 * blocks(bands) >= 9 * turns * processors;
+    };
+    const int first = static_cast<int>(std::clamp<std::int64_t>(wanted * per_block / pieces, 1, most));
+    for (int bands = first; bands <= most && blocks(bands) <= held; ++bands) {
+        if (is_even(bands)) return bands;
+    }
+    return first;
+}
+
 // Groups of columns in a strip: strips of the same width, and at least as wide as Vectors::kCopies wants.
 inline int columns_of(int groups, int vectors) {
     const int strips = ceil_div(groups, std::min(kThreads / vectors, std::max(4, groups)));
@@ -69,8 +86,8 @@ Grid cut(Kernel* kernel, const Upfirdn2d& a, int splits, int vectors, int percen
 
     const int total = kUp == 2 ? ceil_div(a.oh - g.start_y, 2) : a.oh;
     const std::int64_t pieces = static_cast<std::int64_t>(strips) * splits * images;
-    const std::int64_t wanted = per_block * blocks_wanted(kernel, shared_bytes, percent);
-    g.rows = ceil_div(total, static_cast<int>(std::clamp<std::int64_t>(wanted / pieces, 1, std::max(1, total / 8))));
+    const std::int64_t held = blocks_wanted(kernel, shared_bytes, 100), wanted = held * percent / 100;
+    g.rows = ceil_div(total, bands_of(pieces, per_block, wanted, held, std::max(1, total / 8)));
     const int bands = ceil_div(total, g.rows);
     g.pieces = static_cast<int>(pieces * bands);
     g.splits = Divider(splits), g.strips = Divider(strips), g.bands = Divider(bands);
