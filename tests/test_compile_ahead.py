@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,10 @@ def start(folder: Path, code: str, *arguments: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), str(folder)])
     environment = os.environ | {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # who is in the background of a shell without job control ignores interrupts, and hands that on
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, preexec_fn=heeds, **pipes)
 
 
 def ended(process: subprocess.Popen[str]) -> dict[str, Any]:

@@ -255,6 +255,8 @@ def check(leaf: ModuleType, x: Tensor, slope: Tensor, *args: int) -> None:
     y, dx = leaf.launch(x, *args), leaf.launch_backward(slope, x, *args)
     want_y, want_dx = differentiated(x, slope, torch.float64, *args)
     plain_y, plain_dx = differentiated(x, slope, x.dtype, *args)
+    if not plain_dx.isfinite().all():  # float16 has no 1e-8: where nothing deviates the slope of its root is infinite
+        plain_y, plain_dx = (one.to(x.dtype) for one in differentiated(x, slope, torch.float32, *args))
     channels = x.shape[1]
     assert torch.equal(y[:, :channels], x)
     for got, want, plain in (
