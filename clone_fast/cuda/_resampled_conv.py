@@ -19,6 +19,7 @@ CHANNELS = 16  # their numbers are multiples of it
 IN_CHANNELS = 64  # at most, for up=2: with more, the convolution and the filter in two kernels are faster
 DOWN_IN_CHANNELS = (32, 64)
 DOWN_OUT_CHANNELS = 128  # at most: every 64 of them filter again
+KEPT_IN_CHANNELS = 32  # at most: with 64 a block has one team, and to store what it filters doubles its time
 
 
 def supports(
@@ -98,8 +99,12 @@ def launch(
 
 
 def supports_kept(*args: Any) -> str | None:
-    """None where `launch_kept` can run, else the reason why not."""
-    return supports(*args) if args[7] == 2 else "only what is filtered before the convolution can be kept"
+    """None where `launch_kept` should run, else the reason why not."""
+    if args[7] != 2:
+        return "only what is filtered before the convolution can be kept"
+    if args[1].shape[-3] > KEPT_IN_CHANNELS:
+        return f"with more than {KEPT_IN_CHANNELS} input channels a filter and a convolution are faster"
+    return supports(*args)
 
 
 def launch_kept(*args: Any) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clone_fast.ops import finished_weights
 from clone_fast.ops.convolution_gradients import IN_ONE_PASS, _behind_activation, _summed, _through_activation
-from clone_fast.ops.dispatch import is_whole, launch_step, resolve, runs_step, step_if_any
+from clone_fast.ops.dispatch import launch_step, resolve, runs_step, step_if_any
 from clone_fast.ops.modulated_conv2d import (
     UNCHANGED,
     check_arguments,
@@ -257,22 +257,10 @@ def conv2d_down(
         second, down_fused, down_chosen = _resolved(x, down_weight, backend, **of_second)
         if fused and down_fused and "reference" not in (chosen, down_chosen):
             both = (x, *first, *fused, *second, resample_filter, *down_fused)
-            keep_filtered = torch.is_grad_enabled() and second[0].requires_grad and _can_keep(down_chosen, *both)
+            keep_filtered = torch.is_grad_enabled() and second[0].requires_grad and x.nbytes <= KEPT
             return _op(*both, keep_filtered, down_chosen, chosen)[1]
     y = modulated_conv2d(x, weight, None, demodulate=False, **of_first, backend=backend)
     return modulated_conv2d(y, down_weight, None, demodulate=False, **of_second, backend=backend)
-
-
-def _can_keep(down_backend: str, *args: Any) -> bool:
-    """Whether what the second convolution reads gets to memory: it and its filter are two launches, or a leaf says so.
-
-    args: those of the op before `keep_filtered`.
-    """
-    second = _both((*args, False, down_backend), args[0])[1]
-    if args[0].nbytes > KEPT:
-        return False
-    whole = is_whole("modulated_conv2d", down_backend, *second)
-    return not whole or runs_step("modulated_conv2d", "kept", *second)
 
 
 def _resolved(
