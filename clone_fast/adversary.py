@@ -160,7 +160,7 @@ class Adversary:
         game = Game(s.adversarial_weight, s.cohesion_weight, len(images), bool(local), s.saturating)
         self.discriminator.requires_grad_(True)
         below: list[Tensor] = []
-        logits, shown = self.compare(real, images.detach(), label, below.append if self.one_pass else None, begun)
+        logits, shown = self.compare(real, images, label, below.append if self.one_pass else None, begun)
         objective = loss = game.of_d(logits)
         if penalised:
             scale = self.precision.loss_scale

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_made: dict[tuple[Game, bool, bool, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+from clone_fast.nn.tables import made_once
 
 
 @dataclass(frozen=True)
@@ -51,26 +51,19 @@ class Game:
         return self._minimised(logits, False, len(logits) > self.count)
 
     def _minimised(self, logits: Tensor, is_d: bool, pairs: bool) -> Tensor:
-        signs, weights = self._tables(is_d, pairs, logits.dtype, logits.device)
+        """By term the weighted sum of the softplus of the logits, each with its sign."""
+
+        def table(which: int) -> Tensor:
+            key = self, is_d, pairs, which
+            return made_once(key, lambda: self._numbers(is_d, pairs)[which], logits.device, logits.dtype)
+
+        signs, weights = table(0), table(1)
         return torch.mv(weights, F.softplus(logits.flatten() * signs))
 
-    def _tables(
-        self, is_d: bool, pairs: bool, dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """What a logit is multiplied by, and the softplus of that, by term; kept, as making them moves memory."""
-        key = self, is_d, pairs, dtype, device
-        if key in _made:
-            return _made[key]
+    def _numbers(self, is_d: bool, pairs: bool) -> tuple[list[float], list[list[float]]]:
+        """What a logit is multiplied by, and the softplus of that, by term."""
         rows, sign = list(self.terms.values()), 1.0 if self.saturating else -1.0
         if is_d:
-            signs = [-1.0, 1.0] * self.count
-            rows = [[sum(weights) for weights in zip(*rows, strict=True) for _ in range(2)]]
-        else:
-            signs = [sign] * self.count * (1 + pairs)
-            factors = [0.0, -sign] if pairs else [-sign]
-            rows = [[weight * factor for weight in row for factor in factors] for row in rows]
-        with torch.inference_mode(False):
-            made = torch.tensor(signs, dtype=dtype, device=device), torch.tensor(rows, dtype=dtype, device=device)
-        if type(made[0]) is Tensor:  # not what a tracer takes for one
-            _made[key] = made
-        return made
+            return [-1.0, 1.0] * self.count, [[sum(weights) for weights in zip(*rows, strict=True) for _ in range(2)]]
+        factors = [0.0, -sign] if pairs else [-sign]
+        return [sign] * self.count * len(factors), [[weight * one for weight in row for one in factors] for row in rows]

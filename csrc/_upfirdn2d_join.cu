@@ -47,21 +47,21 @@ void upfirdn2d_join(Dtype dtype, const void* x, const float* f, const Upfirdn2d&
     with_join(dtype, a, join.inputs, [&](auto which) {
         using This = decltype(which);
         using T = typename This::Number;
-        const fir::Joining<T> branching{static_cast<const T*>(join.other),
-                                          static_cast<const T*>(join.result),
-                                          join.gain,
-                                          join.slope,
-                                          join.limit,
-                                          static_cast<const T*>(join.input),
-                                          static_cast<const T*>(join.weight),
-                                          join.weight_o,
-                                          join.weight_i,
-                                          static_cast<T*>(join.of_input),
-                                          join.of_weight,
-                                          join.of_bias};
+        const fir::Joining<T> joining{static_cast<const T*>(join.other),
+                                      static_cast<const T*>(join.result),
+                                      join.gain,
+                                      join.slope,
+                                      join.limit,
+                                      static_cast<const T*>(join.input),
+                                      static_cast<const T*>(join.weight),
+                                      join.weight_o,
+                                      join.weight_i,
+                                      static_cast<T*>(join.of_input),
+                                      join.of_weight,
+                                      join.of_bias};
         const fir::Grid g = This::cut(a);
         launch_early(fir::kOp, This::kernel, fir::blocks_of(g), fir::kThreads, This::Windows::shared_bytes(g), stream,
-                     static_cast<const T*>(x), f, g, branching);
+                     static_cast<const T*>(x), f, g, joining);
     });
 }
 

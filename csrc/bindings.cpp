@@ -302,12 +302,12 @@ PYBIND11_MODULE(_C, module) {
         [](const Upfirdn2d& op, int dtype, Address x, Address f, Address other, Address result, float gain, float slope,
            float limit, int inputs, Address input, Address weight, const Pair& weight_strides, Address of_input,
            Address of_weight, Address of_bias, Address stream) {
-            const Upfirdn2dJoin branch{pointer(other),     pointer(result),           gain,
-                                         slope,              limit,                     inputs,
-                                         pointer(input),     pointer(weight),           weight_strides[0],
-                                         weight_strides[1],  pointer(of_input),         pointer<float>(of_weight),
-                                         pointer<float>(of_bias)};
-            upfirdn2d_join(Dtype{dtype}, pointer(x), pointer<float>(f), op, branch, stream_of(stream));
+            const Upfirdn2dJoin join{pointer(other),    pointer(result),   gain,
+                                     slope,             limit,             inputs,
+                                     pointer(input),    pointer(weight),   weight_strides[0],
+                                     weight_strides[1], pointer(of_input), pointer<float>(of_weight),
+                                     pointer<float>(of_bias)};
+            upfirdn2d_join(Dtype{dtype}, pointer(x), pointer<float>(f), op, join, stream_of(stream));
         },
         py::call_guard<py::gil_scoped_release>(), py::kw_only(), "op"_a, "dtype"_a, "x"_a, "f"_a, "other"_a, "result"_a,
         "gain"_a, "slope"_a, "limit"_a, "inputs"_a, "input"_a, "weight"_a, "weight_strides"_a, "of_input"_a,

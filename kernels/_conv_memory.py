@@ -10,6 +10,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clone_fast.kernels._tf32 import hopper_tf32
 
+COPIED = 64  # channels of half precision from which on a copy for the copy engine is soon earned
+
 
 def on_16_bytes(x: Tensor) -> bool:
     """Whether the copy engine can read x [N, C, H, W]: channels innermost, everything else on 16 bytes."""
@@ -29,7 +31,7 @@ def copied_on_16_bytes(x: Tensor) -> Tensor:
     return memory[..., :channels].permute(0, 3, 1, 2).copy_(x)
 
 
-def described(image: Tensor) -> Tensor:
+def describable(image: Tensor) -> Tensor:
     """The image, or a copy, in channels_last as the copy engine reads it."""
     if image.shape[1] * image.element_size() % 16:
         return copied_on_16_bytes(image)
@@ -38,7 +40,7 @@ def described(image: Tensor) -> Tensor:
 
 
 def columns(a: Tensor, start: int, step: int, block: list[int]) -> TensorDescriptor:
-    """A descriptor of the columns start, start + step, ... of what `described` made, as [N, H, W, C]."""
+    """A descriptor of the columns start, start + step, ... of what `describable` made, as [N, H, W, C]."""
     n, channels, height, width = a.shape
     pixel = padded(channels, a.element_size())  # strides of dimensions of size 1 tell nothing
     row = width * pixel

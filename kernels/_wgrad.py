@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clone_fast.kernels import _wgrad_tuning as tuning
-from clone_fast.kernels._conv_memory import columns, described
+from clone_fast.kernels._conv_memory import COPIED, columns, describable
 from clone_fast.kernels._device import capability
 from clone_fast.kernels._tf32 import in_tf32
 from clone_fast.kernels._wgrad_cudnn import cudnn_wgrad, is_convolution
@@ -23,7 +23,6 @@ from clone_fast.kernels._wgrad_cudnn import cudnn_wgrad, is_convolution
 # One compiled kernel for all of these: nothing is faster for knowing that one of them is 1, or divisible by 16.
 SIZES = ["height", "width", "samples"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-COPIED = 64  # channels of half precision from which on a copy for the copy engine is soon earned
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -299,7 +298,7 @@ def _launch_tiles(
 ) -> Tensor:  # fmt: skip
     n, ca, _, _ = a.shape
     cb, height, width = b.shape[1:]
-    a, b = described(a), described(b)
+    a, b = describable(a), describable(b)
     block = tuning.tiles(capability(a.device), a.dtype, ca, cb, k, stride, [height, width])
     rows = height + block.ty - 1 if stride == 1 else height
     tiles = triton.cdiv(rows, block.bh) * triton.cdiv(width, block.bw) * (n // samples)

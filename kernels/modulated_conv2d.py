@@ -18,7 +18,7 @@ from clone_fast.kernels._act_backward import (
     supports_drawn_act_backward,
 )
 from clone_fast.kernels._conv import Geometry, convolve
-from clone_fast.kernels._conv_memory import copied_on_16_bytes, on_16_bytes
+from clone_fast.kernels._conv_memory import COPIED, copied_on_16_bytes, on_16_bytes
 from clone_fast.kernels._conv_tuning import divides_warps
 from clone_fast.kernels._dense import SLOPES, layout_of
 from clone_fast.kernels._epilogue import Epilogue
@@ -63,7 +63,6 @@ __all__ = [
 ]
 
 BARE = Epilogue()
-ENGINE_CHANNELS = 64  # from so many on a copy for the copy engine is soon earned
 
 
 def route(x: Tensor, weight: Tensor) -> str:
@@ -179,7 +178,7 @@ def _readable(x: Tensor) -> Tensor:
     In float32 the kernels that round read through the copy engine alone. In half precision one whose channels do not
     end on 16 bytes is copied, too: it would be read number by number, nine times.
     """
-    if x.element_size() == 2 and x.shape[1] >= ENGINE_CHANNELS and divides_warps(x.device) and not on_16_bytes(x):
+    if x.element_size() == 2 and x.shape[1] >= COPIED and divides_warps(x.device) and not on_16_bytes(x):
         return copied_on_16_bytes(x)
     spread = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     nested = x.stride(0) >= x.stride(2) >= x.stride(3) >= x.shape[1] and x.stride(1) == 1

@@ -71,3 +71,25 @@ def leaf(op: str, emulated: ModuleType, patch: pytest.MonkeyPatch) -> Any:
     found = loaded(f"leaf_{op}", ROOT / "clone_fast" / "cuda" / f"{op}.py")
     found.stream = lambda x: 0
     return found
+
+
+def fixtures(op: str, part: str, name: str) -> tuple[Any, Any, Any]:
+    """The fixtures `compiled`, `device` and `leaf` of a module that tests clone_fast/cuda/<name>.py on csrc/_<part>.cu,
+    emulated and on a GPU."""
+
+    @pytest.fixture(scope="module")
+    def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+        return extension(op, tmp_path_factory.mktemp("emulated"), part)
+
+    @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+    def device(request: pytest.FixtureRequest) -> str:
+        """Where the leaf runs."""
+        return str(request.param)
+
+    @pytest.fixture(name="leaf")
+    def found(device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+        if device == "cuda":
+            return pytest.importorskip(f"clone_fast.cuda.{name}", reason="needs clone_fast._C")
+        return leaf(name, request.getfixturevalue("compiled"), monkeypatch)
+
+    return compiled, device, found

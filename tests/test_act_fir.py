@@ -43,23 +43,7 @@ EPILOGUES = [
 WANTS = list(itertools.product([False, True], repeat=3))  # strength, bias, dots
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return emulation.extension("upfirdn2d", tmp_path_factory.mktemp("emulated"), "upfirdn2d_gate")
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the leaf runs."""
-    return str(request.param)
-
-
-@pytest.fixture
-def leaf(device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    if device == "cuda":
-        pytest.importorskip("clone_fast._C")
-        return importlib.import_module("clone_fast.cuda._act_fir")
-    return emulation.leaf("_act_fir", request.getfixturevalue("compiled"), monkeypatch)
+compiled, device, leaf = emulation.fixtures("upfirdn2d", "upfirdn2d_gate", "_act_fir")
 
 
 def made(

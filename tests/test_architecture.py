@@ -70,7 +70,7 @@ HOUSE = (
         packages="torch tqdm",
     ),
     Layer("known"),
-    Layer("players"),
+    Layer("players", imports="nn"),
     Layer("adversary", imports="ops losses known players nn descent settings"),
     Layer("iteration", imports="ops losses known nn progress settings capture descent draws latent adversary"),
     Layer("tweak", imports="iteration adversary losses nn progress settings memory latent stepwise"),

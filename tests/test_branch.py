@@ -35,22 +35,7 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return emulation.extension("upfirdn2d", tmp_path_factory.mktemp("emulated"), "upfirdn2d_branch")
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the leaf runs."""
-    return str(request.param)
-
-
-@pytest.fixture
-def leaf(device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    if device == "cuda":
-        return pytest.importorskip("clone_fast.cuda._branch", reason="needs clone_fast._C")
-    return emulation.leaf("_branch", request.getfixturevalue("compiled"), monkeypatch)
+compiled, device, leaf = emulation.fixtures("upfirdn2d", "upfirdn2d_branch", "_branch")
 
 
 def made(

@@ -35,22 +35,7 @@ SHAPES = [
 WANTS = [wants for wants in itertools.product([False, True], repeat=3) if any(wants)]  # dx, dw, bias
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return emulation.extension("upfirdn2d", tmp_path_factory.mktemp("emulated"), "upfirdn2d_join")
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the leaf runs."""
-    return str(request.param)
-
-
-@pytest.fixture
-def leaf(device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    if device == "cuda":
-        return pytest.importorskip("clone_fast.cuda._branch_backward", reason="needs clone_fast._C")
-    return emulation.leaf("_branch_backward", request.getfixturevalue("compiled"), monkeypatch)
+compiled, device, leaf = emulation.fixtures("upfirdn2d", "upfirdn2d_join", "_branch_backward")
 
 
 def made(

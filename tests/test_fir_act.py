@@ -23,22 +23,7 @@ pytestmark = pytest.mark.usefixtures("nan_empty")
 AROUND = [1, 1, 1, 1]  # the adjoint of what stands before a convolution of stride 2 with a 3x3 kernel
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return emulation.extension("upfirdn2d", tmp_path_factory.mktemp("emulated"), "upfirdn2d_slope")
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the leaf runs."""
-    return str(request.param)
-
-
-@pytest.fixture
-def leaf(device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    if device == "cuda":
-        return pytest.importorskip("clone_fast.cuda._fir_act", reason="needs clone_fast._C")
-    return emulation.leaf("_fir_act", request.getfixturevalue("compiled"), monkeypatch)
+compiled, device, leaf = emulation.fixtures("upfirdn2d", "upfirdn2d_slope", "_fir_act")
 
 
 def made(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clone_fast import _C
 from clone_fast._compiler import constant_result
-from clone_fast.cuda import DTYPES, dtype_reason, epilogue_reason, on_16_bytes, pointer, stream
+from clone_fast.cuda import DTYPES, dense_pixels, dtype_reason, epilogue_reason, on_16_bytes, pointer, stream
 from clone_fast.kernels._dense import SLOPES, layout_of, rounded
 
 FEW = 3  # channels of the image
@@ -164,7 +164,7 @@ def _launch(
 ) -> tuple[Tensor, None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     n, channels, height, width = y.shape
     pixels = height * width
-    y, dy = on_16_bytes(y), None if dy is None else on_16_bytes(dy.contiguous(memory_format=torch.channels_last))
+    y, dy = on_16_bytes(y), None if dy is None else dense_pixels(dy)
     g = torch.empty_like(y)
     shares = _C.act_backward_shares(DTYPES[y.dtype], n, channels, pixels)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clone_fast import _C
-from clone_fast.cuda import DTYPES, dtype_reason, epilogue_reason, on_16_bytes, pointer, stream
+from clone_fast.cuda import DTYPES, dense_pixels, dtype_reason, epilogue_reason, filtering, pointer, stream
 from clone_fast.kernels._dense import SLOPES, layout_of
 
 CHANNELS = 8  # a multiple of which there must be
@@ -95,25 +95,14 @@ def launch_act_fir(
         strength and [any, C] of the bias, and the dots [N, any, C]; None for what is not wanted.
     """
     (n, c, height, width), (x0, x1, y0, y1) = y.shape, padding
-    dy, y = (on_16_bytes(image.contiguous(memory_format=torch.channels_last)) for image in (dy, y))
+    dy, y = dense_pixels(dy), dense_pixels(y)
     f = resample_filter.float().contiguous()
     want_strength = want_strength and noise is not None
     maps = noise.contiguous() if noise is not None and (want_strength or want_dots) else None
     bias = None if bias is None else bias.contiguous()
     size = (height + y0 + y1 - 3, width + x0 + x1 - 3)
     h = torch.empty([n, c, *size], dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
-    op = _C.Upfirdn2d(
-        shape=(n, c, height, width),
-        size=size,
-        channels_last=True,
-        filter=(4, 4),
-        separable=f.ndim == 1,
-        up=(1, 1),
-        down=(1, 1),
-        pad=(x0, y0),
-        flip=flip,
-        gain=filter_gain,
-    )
+    op = _C.Upfirdn2d(**filtering(y, h, f, [1, 1], [1, 1], padding, flip, filter_gain))
     rows, blocks = _C.upfirdn2d_gate_sums(op, DTYPES[y.dtype], maps is not None, want_dots)
 
     def sums(wanted: bool, *shape: int) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clone_fast import _C
-from clone_fast.cuda import DTYPES, dtype_reason, epilogue_reason, pointer, stream
+from clone_fast.cuda import DTYPES, dtype_reason, epilogue_reason, filtering, pointer, stream
 from clone_fast.cuda._act_fir import CHANNELS
 from clone_fast.kernels._dense import SLOPES, layout_of
 
@@ -79,18 +79,7 @@ def launch_branch(
         torch.empty([n, c, *size], dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         for size in ([h, w], [h // 2, w // 2])
     )
-    op = _C.Upfirdn2d(
-        shape=(n, c, h, w),
-        size=(h // 2, w // 2),
-        channels_last=True,
-        filter=(4, 4),
-        separable=f.ndim == 1,
-        up=(1, 1),
-        down=(2, 2),
-        pad=(padding[0], padding[2]),
-        flip=False,
-        gain=1.0,
-    )
+    op = _C.Upfirdn2d(**filtering(y, shrunk, f, [1, 1], [2, 2], padding, False, 1.0))
     _C.upfirdn2d_branch(
         op=op,
         dtype=DTYPES[x.dtype],

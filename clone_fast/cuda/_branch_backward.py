@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clone_fast import _C
-from clone_fast.cuda import DTYPES, dtype_reason, on_16_bytes, pointer, stream
+from clone_fast.cuda import DTYPES, dense_pixels, dtype_reason, filtering, pointer, stream
 from clone_fast.cuda._act_fir import _below, activation_reason
 from clone_fast.kernels._dense import SLOPES
 
@@ -88,24 +88,11 @@ def launch_branch_backward(
         dx in x's dtype and layout. In float32 the sums [any, O * I], which `launch_pointwise_sums` adds, and [any, O],
         which `launch_act_sums` does.
     """
-    n, outputs, height, width = y.shape
+    n, outputs = y.shape[:2]
     inputs = x.shape[1]
-    dy, dshrunk, y = (
-        on_16_bytes(image.contiguous(memory_format=torch.channels_last)) for image in (dy, dshrunk, y)
-    )
+    dy, dshrunk, y = (dense_pixels(image) for image in (dy, dshrunk, y))
     f = resample_filter.float().contiguous()
-    op = _C.Upfirdn2d(
-        shape=tuple(dshrunk.shape),
-        size=(height, width),
-        channels_last=True,
-        filter=(4, 4),
-        separable=f.ndim == 1,
-        up=(2, 2),
-        down=(1, 1),
-        pad=(padding[0], padding[2]),
-        flip=flip,
-        gain=filter_gain,
-    )
+    op = _C.Upfirdn2d(**filtering(dshrunk, y, f, [2, 2], [1, 1], padding, flip, filter_gain))
     rows = n * _C.upfirdn2d_join_sums(op, DTYPES[y.dtype], inputs)
 
     def sums(wanted: bool, columns: int) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clone_fast import _C
-from clone_fast.cuda import DTYPES, dtype_reason, epilogue_reason, pointer, stream
+from clone_fast.cuda import DTYPES, dtype_reason, epilogue_reason, filtering, pointer, stream
 from clone_fast.kernels._dense import SLOPES, layout_of
 
 
@@ -82,18 +82,7 @@ def launch_finish(
     )
     height, width = h + y0 + y1 - 3, w + x0 + x1 - 3
     y = torch.empty([n, c, height, width], dtype=z.dtype, device=z.device, memory_format=layout)
-    op = _C.Upfirdn2d(
-        shape=(n, c, h, w),
-        size=(height, width),
-        channels_last=layout == torch.channels_last,
-        filter=(4, 4),
-        separable=f.ndim == 1,
-        up=(1, 1),
-        down=(1, 1),
-        pad=(x0, y0),
-        flip=False,
-        gain=filter_gain,
-    )
+    op = _C.Upfirdn2d(**filtering(z, y, f, [1, 1], [1, 1], padding, False, filter_gain, layout))
     _C.upfirdn2d_finish(
         op=op,
         dtype=DTYPES[z.dtype],

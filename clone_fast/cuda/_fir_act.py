@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clone_fast import _C
-from clone_fast.cuda import DTYPES, dtype_reason, on_16_bytes, pointer, stream
+from clone_fast.cuda import DTYPES, dense_pixels, dtype_reason, filtering, pointer, stream
 from clone_fast.cuda._act_fir import _below, activation_reason
 from clone_fast.kernels._dense import SLOPES
 
@@ -65,22 +65,11 @@ def launch_fir_act(
     Returns:
         g [N, C, H, W] in y's dtype and layout, and in float32 the sums [any, C], None where they are not wanted.
     """
-    (n, c, height, width), (x0, _, y0, _) = y.shape, padding
-    z, y = (on_16_bytes(image.contiguous(memory_format=torch.channels_last)) for image in (z, y))
+    n, c = y.shape[:2]
+    z, y = dense_pixels(z), dense_pixels(y)
     f = resample_filter.float().contiguous()
     g = torch.empty_like(y)
-    op = _C.Upfirdn2d(
-        shape=tuple(z.shape),
-        size=(height, width),
-        channels_last=True,
-        filter=(4, 4),
-        separable=f.ndim == 1,
-        up=(1, 1),
-        down=(1, 1),
-        pad=(x0, y0),
-        flip=flip,
-        gain=filter_gain,
-    )
+    op = _C.Upfirdn2d(**filtering(z, y, f, [1, 1], [1, 1], padding, flip, filter_gain))
     sums = None
     if want_bias:
         rows = _C.upfirdn2d_slope_sums(op, DTYPES[y.dtype])

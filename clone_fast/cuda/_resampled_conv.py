@@ -10,8 +10,8 @@ from torch import Tensor
 
 from clone_fast import _C
 from clone_fast._compiler import constant_result
-from clone_fast.cuda import DTYPES, dtype_reason, epilogue_reason, on_16_bytes, pointer, stream
-from clone_fast.cuda.modulated_conv2d import _channels_last, _in_layout_of, _number
+from clone_fast.cuda import DTYPES, dense_pixels, dtype_reason, epilogue_reason, on_16_bytes, pointer, stream
+from clone_fast.cuda.modulated_conv2d import _in_layout_of, _number
 from clone_fast.kernels._dense import SLOPES
 
 COMPUTE_CAPABILITY = (9, 0)  # the only one; its instructions are in no other
@@ -133,7 +133,7 @@ def _launched(
 ) -> tuple[Tensor, Tensor | None]:
     n, in_channels, height, width = x.shape
     out_channels, size = weight.shape[-4], (height * up // down, width * up // down)
-    dense = _channels_last(x)
+    dense = dense_pixels(x)
     # [.., 3, 3, O, I]: modulate's own order
     taps = on_16_bytes(weight.to(x.dtype).movedim((-2, -1), (-4, -3)).contiguous())
     noise, noise_strength, bias = (_number(value, x) for value in (noise, noise_strength, bias))

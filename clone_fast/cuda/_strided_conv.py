@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clone_fast import _C
 from clone_fast._compiler import constant_result
-from clone_fast.cuda import DTYPES, dtype_reason, on_16_bytes, stream
+from clone_fast.cuda import DTYPES, dense_pixels, dtype_reason, on_16_bytes, stream
 from clone_fast.kernels._dense import layout_of
 
 OUT_CHANNELS, IN_CHANNELS = 32, 8  # their numbers are multiples of these
@@ -48,7 +48,7 @@ def launch_strided(x: Tensor, weight: Tensor, padding: int, transposed: bool, ti
     n, in_channels, height, width = x.shape
     out_channels = weight.shape[-4]
     sizes = [2 * size + 1 - 2 * padding if transposed else (size + 2 * padding - 1) // 2 for size in (height, width)]
-    dense = on_16_bytes(x.contiguous(memory_format=torch.channels_last))
+    dense = dense_pixels(x)
     packed = on_16_bytes(weight.to(x.dtype).movedim((-4, -3), (-2, -1)).contiguous())
     size = [n, out_channels, *sizes]
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clone_fast import _C
 from clone_fast._compiler import constant_result
-from clone_fast.cuda import DTYPES, dtype_reason, epilogue_reason, pointer, stream
+from clone_fast.cuda import DTYPES, dense_pixels, dtype_reason, epilogue_reason, pointer, stream
 from clone_fast.cuda._act_backward import (
     launch_act_backward,
     launch_drawn_act_backward,
@@ -242,7 +242,7 @@ def _wgrad3x3(a: Tensor, b: Tensor, per_sample: bool, partials: int, portable: b
     """The weight gradient by so many blocks for each result; `portable` as in `_conv3x3`."""
     n, channels_a, height, width = a.shape
     channels_b, results = b.shape[1], n if per_sample else 1
-    a, b = _channels_last(a), _channels_last(b.to(a.dtype))
+    a, b = dense_pixels(a), dense_pixels(b.to(a.dtype))
     floats = _C.modulated_conv2d_3x3_wgrad_floats(channels_a, channels_b)
     partial = torch.empty([results, partials, floats], dtype=torch.float32, device=a.device)
     y = torch.empty([results, 3, 3, channels_b, channels_a], dtype=torch.float32, device=a.device)
@@ -285,12 +285,6 @@ def _reason(x: Tensor, from_channels: int, to_channels: int, kernel: str) -> str
     return None
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    """x in memory order [N, H, W, C] without gaps, on 16 bytes."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.channels_last)
-
-
 def _in_layout_of(y: Tensor, x: Tensor) -> Tensor:
     """y, which is channels_last, in the layout of a result of x."""
     return y.contiguous(memory_format=layout_of(x))
@@ -329,7 +323,7 @@ def _conv3x3(
     """The kernel. For tests, `portable` takes mma.sync also where wgmma is to be had, `blocks` bounds how many run."""
     n, in_channels, height, width = x.shape
     out_channels = weight.shape[-4]
-    dense, weight = _channels_last(x), _readable(weight.to(x.dtype))
+    dense, weight = dense_pixels(x), _readable(weight.to(x.dtype))
     noise, noise_strength, bias = (_number(value, x) for value in (noise, noise_strength, bias))
     y = torch.empty([n, out_channels, height, width], dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     wo, wi, wy, wx = weight.stride()[-4:]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clone_fast import _C
-from clone_fast.cuda import DTYPES, dtype_reason, pointer, stream
+from clone_fast.cuda import DTYPES, dtype_reason, filtering, pointer, stream
 from clone_fast.kernels._dense import layout_of
 
 
@@ -69,7 +69,7 @@ def launch_add(
         other_layout = layout_of(other)
     x, other, f = x.contiguous(memory_format=layout), other.contiguous(memory_format=other_layout), f.contiguous()
     y = torch.empty(other.shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    op = _call(x, y, layout, f, up, down, padding, flip_filter, gain)
+    op = _C.Upfirdn2d(**filtering(x, y, f, up, down, padding, flip_filter, gain, layout))
     _C.upfirdn2d_add(
         op,
         DTYPES[x.dtype],
@@ -100,32 +100,6 @@ def _launch(
     (fh, fw), (x0, x1, y0, y1) = (f.shape[0], f.shape[-1]), padding
     oh, ow = (h * up[1] + y0 + y1 - fh + down[1]) // down[1], (w * up[0] + x0 + x1 - fw + down[0]) // down[0]
     y = torch.empty([n, c, oh, ow], dtype=dtype, device=x.device, memory_format=layout)
-    op = _call(x, y, layout, f, up, down, padding, flip, gain)
+    op = _C.Upfirdn2d(**filtering(x, y, f, up, down, padding, flip, gain, layout))
     _C.upfirdn2d(op, DTYPES[x.dtype], pointer(x), pointer(f), DTYPES[dtype], pointer(y), stream(x))
     return y
-
-
-def _call(
-    x: Tensor,
-    y: Tensor,
-    layout: torch.memory_format,
-    f: Tensor,
-    up: list[int],
-    down: list[int],
-    padding: list[int],
-    flip: bool,
-    gain: float,
-) -> _C.Upfirdn2d:
-    """All but the pointers."""
-    return _C.Upfirdn2d(
-        shape=tuple(x.shape),
-        size=tuple(y.shape[2:]),
-        channels_last=layout == torch.channels_last,
-        filter=(f.shape[0], f.shape[-1]),
-        separable=f.ndim == 1,
-        up=up,
-        down=down,
-        pad=(padding[0], padding[2]),
-        flip=flip,
-        gain=gain,
-    )

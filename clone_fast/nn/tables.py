@@ -1,10 +1,14 @@
-"""What an architecture says of each of its channels, as a tensor, made once for every device.
+"""Tensors of numbers that are known beforehand, made once for every device; what an architecture says of each of its
+channels is one.
 
 It is no buffer: no file knows it, and a network that is built without memory and then filled from a file would be left
 without. A device's first call moves memory there, and so must not be captured in a CUDA graph; no later one does.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +18,19 @@ from clone_fast.nn.architecture import Architecture
 
 COUNTS = ("img_resolution", "img_channels", "channel_base", "channel_max", "mbstd_num_channels")
 
-_made: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+_made: dict[tuple[Hashable, torch.device, torch.dtype], Tensor] = {}
+
+
+def made_once(key: Hashable, numbers: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor of these numbers, which the key tells from others: the same one for every call that is alike."""
+    place = key, device, dtype
+    if place in _made:
+        return _made[place]
+    with torch.inference_mode(False):
+        made = torch.tensor(numbers(), device=device, dtype=dtype)
+    if type(made) is Tensor:  # not what a tracer takes for one
+        _made[place] = made
+    return made
 
 
 def _biases(arch: Architecture) -> list[int]:
@@ -30,14 +46,11 @@ def _biases(arch: Architecture) -> list[int]:
 @constant_result
 def _table(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """shape: the arguments of an architecture that count here. A compiler keeps the result as a constant."""
-    key = shape, device
-    if key in _made:
-        return _made[key]
-    with torch.inference_mode(False):
-        made = torch.tensor(_biases(Architecture(**dict(zip(COUNTS, shape, strict=True)))), device=device)
-    if type(made) is Tensor:  # not what a tracer takes for one
-        _made[key] = made
-    return made
+
+    def numbers() -> list[int]:
+        return _biases(Architecture(**dict(zip(COUNTS, shape, strict=True))))
+
+    return made_once(shape, numbers, device, torch.int64)
 
 
 def bias_table(arch: Architecture, device: torch.device) -> Tensor:

@@ -24,7 +24,13 @@ from clone_fast.ops.modulated_conv2d import (
     modulated_weights,
 )
 from clone_fast.ops.registration import Recorded, as_result, empty_result, like, register
-from clone_fast.ops.resampling_gradients import ONE, down_gradients, filtered_down, size_filtered_down
+from clone_fast.ops.resampling_gradients import (
+    ONE,
+    down_gradients,
+    filtered_down,
+    size_filtered_down,
+    size_transposed,
+)
 from clone_fast.ops.upfirdn2d import adjoint
 from clone_fast.reference.bias_act import activation_defaults
 from clone_fast.reference.modulated_conv2d import downsampling_padding
@@ -149,7 +155,7 @@ def _first_gradients(
         k = down_weight.shape[-1]
         if k == 1 or dy is not None or y.shape[2] * y.shape[3] < IN_ONE_PASS:
             return None
-        size = [2 * (n - 1) + k for n in h.shape[2:]]  # of the transposed convolution
+        size = size_transposed(h, k)
         fir = (f, adjoint(y.shape[2:], size, f, ONE, ONE, downsampling_padding(f, k))[2], True, 1.0)
         unfiltered = y.new_empty([1, 1, 1, 1]).expand(*y.shape[:2], *size)  # to ask with
         if not runs_step("modulated_conv2d", "fir_act", unfiltered, y, *activation, want_bias, *fir):

@@ -39,11 +39,15 @@ def _fir(backend: str, x: Tensor, f: Tensor, *args: Any) -> Tensor:
     return y
 
 
+def size_transposed(x: Tensor, k: int) -> list[int]:
+    """[height, width] of a transposed convolution of x with stride 2 and a kernel of this size."""
+    return [2 * (n - 1) + k for n in x.shape[2:]]
+
+
 def up_padding(x: Tensor, g: Tensor, weight: Tensor, f: Tensor) -> list[int]:
     """Of the adjoint FIR, from g's size to that of the transposed convolution."""
     k = weight.shape[-1]
-    size = [2 * (n - 1) + k for n in x.shape[2:]]
-    return adjoint(size, g.shape[2:], f, ONE, ONE, upsampling_padding(f, k))[2]
+    return adjoint(size_transposed(x, k), g.shape[2:], f, ONE, ONE, upsampling_padding(f, k))[2]
 
 
 def up_gradients(
@@ -83,8 +87,7 @@ def down_gradients(
     padding = downsampling_padding(f, k)
 
     def input_gradient() -> Tensor:
-        size = [2 * (n - 1) + k for n in g.shape[2:]]  # of the transposed convolution
-        if k > 1 and adjoint(x.shape[2:], size, f, ONE, down, padding)[2] == upsampling_padding(f, k):
+        if k > 1 and adjoint(x.shape[2:], size_transposed(g, k), f, ONE, down, padding)[2] == upsampling_padding(f, k):
             # a transposed convolution and its filter are `up`, whose filter has a gain of 4
             args = (g, weight.transpose(-3, -4), None, None, None, f.flip(*range(f.ndim)), 2, 1, "linear", 0.25, None)
             if is_whole("modulated_conv2d", backend, *args):
