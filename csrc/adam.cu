@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kThreads) adam_step(const __grid_constant__ Ta
     wait_for_previous();
     const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x - t.first[found]) * kChunk;
     // 1 - beta^steps, without what is lost where beta^steps is close to 1
-    const float correction1 = -expm1f(*own.steps * t.log_beta1), correction2 = -expm1f(*own.steps * t.log_beta2);
+    const float steps = *own.steps + 1.0f;
+    const float correction1 = -expm1f(steps * t.log_beta1), correction2 = -expm1f(steps * t.log_beta2);
     const Rule rule = {t.beta1, t.beta2, *t.rate / correction1, rsqrtf(correction2), t.epsilon};
     if ((t.aligned >> found & 1) && begin + kChunk <= own.count) {
         float4 p[kVectors], g[kVectors], m[kVectors], v[kVectors];

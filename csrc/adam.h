@@ -14,7 +14,7 @@ struct AdamTensor {
     const float* gradient;
     float* mean;         // of the gradients
     float* square;       // mean of their squares
-    const float* steps;  // a number, this step counted
+    const float* steps;  // a number, how many there were before this one; not counted on
     std::int64_t count;  // elements
 };
 

@@ -144,6 +144,12 @@ def conv(x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool)
     return torch.cat(results)
 
 
+def dgrad_weight(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """In the order of the modulation, [.., k, k, O, I]."""
+    packed = weight.to(x.dtype).movedim((-4, -3), (-2, -1)).contiguous()
+    return packed.movedim((-4, -3), (-2, -1))
+
+
 def conv_add(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
     return as_result(conv(x, weight, 1, weight.shape[-1] // 2, False) + other, x)
 
@@ -358,6 +364,7 @@ SPEC: dict[str, dict[str, Callable[..., Any]]] = {
         "launch": _convolution,
         "launch_conv": conv,
         "launch_conv_add": conv_add,
+        "launch_dgrad_weight": dgrad_weight,
         "launch_conv_finish": conv_finish,
         "launch_kept": kept,
         "launch_finish": finish,

@@ -93,6 +93,18 @@ def test_any_memory(leaf: Any, transposed: bool) -> None:
         assert_close(got, image, weight.transpose(0, 1), 0, transposed)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_the_weight_of_dgrad_is_read_as_it_lies(leaf: Any, per_sample: bool, transposed: bool) -> None:
+    x, dtype = fresh(2, 64, 9, 8, dtype=torch.bfloat16), torch.bfloat16
+    weight = fresh(*([2] if per_sample else []), 64, 96, 3, 3, dtype=dtype).transpose(-3, -4)
+    dy = fresh(2, 64, 9, 8, dtype=dtype)
+    copied = leaf.launch_dgrad_weight(x, weight, transposed)
+    assert torch.equal(copied, weight)
+    assert leaf._packed(copied, dtype).data_ptr() == copied.data_ptr()
+    assert torch.equal(leaf.launch_strided(dy, copied, 0, transposed), leaf.launch_strided(dy, weight, 0, transposed))
+
+
 def test_nan_stays_where_it_belongs(leaf: Any) -> None:
     x = as_layout(fresh(1, 32, 16, 16, dtype=torch.bfloat16), "channels_last")
     x[0, 3, 5, 6] = float("nan")
@@ -105,6 +117,7 @@ def test_nan_stays_where_it_belongs(leaf: Any) -> None:
 def test_reasons(leaf: Any) -> None:
     x, weight = fresh(1, 32, 8, 8, dtype=torch.float16), fresh(32, 32, 3, 3, dtype=torch.float16)
     assert leaf.supports_strided(x, weight, True) is None
+    assert leaf.supports_dgrad_weight(x, weight, True) is None
     assert "3x3" in leaf.supports_strided(x, weight[..., :1, :1], True)
     assert "float32" in leaf.supports_strided(x.float(), weight.float(), True)
     assert "float64" in leaf.supports_strided(x.double(), weight.double(), True)

@@ -128,6 +128,21 @@ def test_gradients(
         assert gradgradcheck(run, values, fast_mode=True)
 
 
+def test_a_frozen_weight_costs_no_zeros(done: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of a sample come from styles that want a gradient; theirs goes by the factors alone."""
+    args = tensors()
+    values = [args[name].requires_grad_() for name in ("x", "styles", "rgb_styles")]
+    made: list[Tensor | None] = []
+    module = sys.modules["clone_fast.ops.modulated_conv2d_torgb"]
+    like = module.like
+    monkeypatch.setattr(module, "like", lambda grad, value: made.append(grad) or like(grad, value))
+    y, rgb = modulated_conv2d_torgb(**args, act="lrelu")
+    torch.autograd.grad((y.square().sum() + rgb.square().sum()), values)
+    assert "factor_gradients" in done
+    assert len(made) == 4  # x, s, d and the image's weights
+    assert all(one is not None for one in made)
+
+
 @pytest.mark.parametrize("used", [0, 1])
 @pytest.mark.parametrize("names", [["x"], ["x", "rgb_weight"], ["bias", "rgb_bias"], ["weight", "rgb_styles"]], ids=str)
 def test_one_result_alone(names: list[str], used: int, done: list[str]) -> None:

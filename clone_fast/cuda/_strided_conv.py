@@ -39,6 +39,24 @@ def _fits(device: int, transposed: bool, in_channels: int, out_channels: int) ->
     return found
 
 
+def supports_dgrad_weight(x: Tensor, weight: Tensor, transposed: bool) -> str | None:
+    """None where `launch_dgrad_weight` can run: where `launch_strided` runs such a convolution, and copies its weight.
+
+    x: what the gradient goes to, in place of what the convolution reads.
+    """
+    return supports_strided(x, weight, transposed)
+
+
+def launch_dgrad_weight(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """The weight [.., O, I, 3, 3], O of the gradient's convolution, as `launch_strided` reads it: it copies no more."""
+    return _packed(weight, x.dtype).movedim((-4, -3), (-2, -1))
+
+
+def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[.., 3, 3, O, I] on 16 bytes."""
+    return on_16_bytes(weight.to(dtype).movedim((-4, -3), (-2, -1)).contiguous())
+
+
 def launch_strided(x: Tensor, weight: Tensor, padding: int, transposed: bool, tile: int = -1) -> Tensor:
     """F.conv2d(x, weight, stride=2), or its adjoint with the weight still [.., O, I, 3, 3], O of the result.
 
@@ -49,7 +67,7 @@ def launch_strided(x: Tensor, weight: Tensor, padding: int, transposed: bool, ti
     out_channels = weight.shape[-4]
     sizes = [2 * size + 1 - 2 * padding if transposed else (size + 2 * padding - 1) // 2 for size in (height, width)]
     dense = dense_pixels(x)
-    packed = on_16_bytes(weight.to(x.dtype).movedim((-4, -3), (-2, -1)).contiguous())
+    packed = _packed(weight, x.dtype)
     size = [n, out_channels, *sizes]
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     op = _C.StridedConv(

@@ -48,10 +48,10 @@ def launch(
     epsilon: float,
 ) -> bool:
     """Take the step; True."""
-    torch._foreach_add_(list(steps), 1)
     tensors = zip(parameters, gradients, means, squares, steps, strict=True)
     table = [(*map(pointer, one), one[0].numel()) for one in tensors]
     _C.adam(table, pointer(rate), *betas, epsilon, stream(rate))
+    torch._foreach_add_(list(steps), 1)  # behind: what comes last in an iteration waits for one launch less
     # as any operation in place: a backward that still needs them as they were must find out
     torch.autograd.graph.increment_version([*parameters, *means, *squares])
     return True

@@ -30,7 +30,12 @@ from clone_fast.cuda._branch import launch_branch, supports_branch
 from clone_fast.cuda._branch_backward import launch_branch_backward, supports_branch_backward
 from clone_fast.cuda._finish import composes, launch_finish, supports_finish
 from clone_fast.cuda._fir_act import launch_fir_act, supports_fir_act
-from clone_fast.cuda._strided_conv import launch_strided, supports_strided
+from clone_fast.cuda._strided_conv import (
+    launch_dgrad_weight,
+    launch_strided,
+    supports_dgrad_weight,
+    supports_strided,
+)
 from clone_fast.kernels._dense import SLOPES, layout_of
 
 __all__ = [
@@ -41,6 +46,7 @@ __all__ = [
     "launch_branch",
     "launch_branch_backward",
     "launch_conv",
+    "launch_dgrad_weight",
     "launch_drawn",
     "launch_drawn_act_backward",
     "launch_finish",
@@ -53,6 +59,7 @@ __all__ = [
     "supports_branch",
     "supports_branch_backward",
     "supports_conv",
+    "supports_dgrad_weight",
     "supports_drawn",
     "supports_drawn_act_backward",
     "supports_finish",

@@ -253,7 +253,7 @@ class SynthesisNetwork(nn.Module):
         own = dtype or const.dtype
         ws, late = ws.view_as(ws), self._late(noise, own, ws.device)
         early = {name: value for name, value in noise.items() if name not in late}
-        ready([ws, *late.values()])
+        ready([ws])
 
         def tables() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
             return at_home(in_one_go(values, own)), at_home(in_one_go(list(early.values()), own))
@@ -276,6 +276,8 @@ class SynthesisNetwork(nn.Module):
         maps = dict(zip(early, given, strict=True))
 
         def of_block(resolution: int) -> dict[str, Prepared]:
+            if resolution == EARLY // 2:  # not before: they fill the machine, and no layer here waits for them
+                ready(late.values())
             for group in later:
                 if resolution == group[0]:
                     mine = dict(self._layers(group))
@@ -284,7 +286,7 @@ class SynthesisNetwork(nn.Module):
                     styles.update(zip(mine, found, strict=True))
             if next(iter(late), "").startswith(f"b{resolution}."):  # the first of them
                 large = list(late.values())
-                found = made_beside(ws.device, "noise", lambda: tuple(in_one_go(large, own)), large)
+                found = made_beside(ws.device, "noise", lambda: tuple(one.to(own) for one in large), large)
                 maps.update(zip(late, found, strict=True))
             return {
                 name.partition(".")[2]: Prepared(styles[name], biases[name], maps.get(name), strengths.get(name))

@@ -26,6 +26,7 @@ from clone_fast.ops.modulated_conv2d import (
 from clone_fast.ops.registration import Recorded, as_result, empty_result, like, register
 from clone_fast.ops.resampling_gradients import (
     ONE,
+    dgrad_weight,
     down_gradients,
     filtered_down,
     size_filtered_down,
@@ -160,7 +161,7 @@ def _first_gradients(
         unfiltered = y.new_empty([1, 1, 1, 1]).expand(*y.shape[:2], *size)  # to ask with
         if not runs_step("modulated_conv2d", "fir_act", unfiltered, y, *activation, want_bias, *fir):
             return None
-        unfiltered = step("conv", h, down_weight.transpose(-3, -4), 2, 0, True)
+        unfiltered = step("conv", h, dgrad_weight(down_weight), 2, 0, True)
         g, of_bias = step("fir_act", unfiltered, y, *activation, want_bias, *fir)
         return g, [None, None, of_bias]
 
@@ -288,5 +289,5 @@ def _resolved(
     last = fused or UNCHANGED
     chosen = resolve("modulated_conv2d", backend, x, weight, None, None, bias, resample_filter, 1, down, *last)
     if chosen != "reference":
-        weight = modulated_weights(weight, None, x, False, eps).to(x.dtype)
+        weight = modulated_weights(weight, None, x, False, eps, chosen, down=down).to(x.dtype)
     return (weight, None if bias is None else bias.to(x.dtype)), fused, chosen

@@ -253,6 +253,12 @@ def step_if_any(op: str, step: str, backend: str, *args: Any) -> Any:
     return None if isinstance(found, str) else found.launch(step, *args)
 
 
+def own_step(op: str, step: str, backend: str, *args: Any) -> Any:
+    """A step on the leaf of this backend, and no other; None where that cannot."""
+    found = leaf(op, backend)
+    return None if isinstance(found, str) or found.why_not(step, args) else found.launch(step, *args)
+
+
 def runs_step(op: str, step: str, *args: Any) -> bool:
     """Whether some leaf of this installation runs a step with these arguments."""
     leaves = (leaf(op, name) for name in PREFERENCE)

@@ -24,6 +24,7 @@ from clone_fast.ops import finished_weights
 from clone_fast.ops.convolution_gradients import factor_gradients
 from clone_fast.ops.dispatch import launch_step, note, step_backend
 from clone_fast.ops.registration import Recorded, composite_gradients, like, register
+from clone_fast.ops.resampling_gradients import remembered, with_dgrad_weight
 from clone_fast.ops.streams import made_beside
 from clone_fast.reference import modulated_conv2d as spec
 
@@ -159,13 +160,17 @@ _backward_op = register(
 
 
 def factors(
-    x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool, eps: float
+    x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool, eps: float, used_by: str, up: int = 1, down: int = 1
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The weights for x, and what they are made of besides: s [N, I] and, where demodulated, d [N, O]."""
+    """The weights for x, and what they are made of besides: s [N, I] and, where demodulated, d [N, O].
+
+    used_by: the backend of the convolution, which has this up and down.
+    """
     factored = step_backend("modulated_conv2d", "factored")
     # beside, also for the sake of its gradient, for which the layers before this one need not wait
-    make = functools.partial(_weights_op, weight, styles, demodulate, eps, x.dtype, factored)
-    made, s, d, _ = made_beside(x.device, "weights", make, reads=[weight, styles])
+    args = (weight, styles, demodulate, eps, x.dtype, factored)
+    make = functools.partial(with_dgrad_weight, lambda: _weights_op(*args), x, used_by, up, down)
+    made, s, d, _ = remembered(made_beside(x.device, "weights", make, reads=[weight, styles]), 4)
     return made, s, d if demodulate else None
 
 
@@ -173,6 +178,6 @@ def factored_conv2d(
     x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool, eps: float, *args: Any, backend: str
 ) -> Tensor:
     """`modulated_conv2d` with a gradient to all but the weight; the weight of any dtype, args as of `convolve`."""
-    made, *rest = factors(x, weight, styles, demodulate, eps)
+    made, *rest = factors(x, weight, styles, demodulate, eps, backend, *args[4:6])
     y: Tensor = _op(x, made, *args, *rest, backend)
     return y

@@ -29,6 +29,7 @@ from clone_fast.ops.checks import (
 from clone_fast.ops.dispatch import launch_step, resolve, step_backend
 from clone_fast.ops.factored_weights import factored_conv2d, serves
 from clone_fast.ops.registration import Recorded, as_result, composite_gradients, like, register, without_autocast
+from clone_fast.ops.resampling_gradients import remembered, with_dgrad_weight
 from clone_fast.ops.streams import made_beside
 from clone_fast.reference import modulated_conv2d as spec
 from clone_fast.reference.bias_act import ACTIVATIONS, activation_defaults
@@ -89,17 +90,29 @@ _weights_backward_op = register(
 
 
 def modulated_weights(
-    weight: Tensor, styles: Tensor | None, x: Tensor, demodulate: bool, eps: float, lane: str = "weights"
+    weight: Tensor,
+    styles: Tensor | None,
+    x: Tensor,
+    demodulate: bool,
+    eps: float,
+    used_by: str,
+    up: int = 1,
+    down: int = 1,
+    lane: str = "weights",
 ) -> Tensor:
-    """By a kernel that any backend may convolve with; without styles put in order once, for both directions."""
+    """By a kernel that any backend may convolve with; without styles put in order once, for both directions.
+
+    used_by: the backend of the convolution, which has this up and down.
+    """
     backend = step_backend("modulated_conv2d", "modulate")
     in_order = backend == "reference" or weight.ndim == 5 or weight.shape[-1] == 1 or x.dtype.itemsize != 2
     if styles is None and in_order:
         return weight
     # beside, also for the sake of its gradient, for which the layers before this one need not wait
-    make = functools.partial(_weights_op, weight, styles, demodulate, eps, x.dtype, backend)
-    made: Tensor = made_beside(x.device, lane, make, reads=[weight] if styles is None else [weight, styles])
-    return made
+    args = (weight, styles, demodulate, eps, x.dtype, backend)
+    make = functools.partial(with_dgrad_weight, lambda: (_weights_op(*args),), x, used_by, up, down)
+    made = made_beside(x.device, lane, make, reads=[weight] if styles is None else [weight, styles])
+    return remembered(made, 1)[0]
 
 
 @without_autocast
@@ -244,6 +257,6 @@ def modulated_conv2d(
     if styles is not None and serves(x, weight, styles):
         y = factored_conv2d(x, weight, styles, demodulate, float(eps), *rest, backend=chosen)
     else:
-        made = modulated_weights(weight, styles, x, demodulate, float(eps))
+        made = modulated_weights(weight, styles, x, demodulate, float(eps), chosen, up, down)
         y = finished_weights.convolve(x, made.to(x.dtype), *rest, chosen)
     return y if last else bias_act(y, act=act, gain=gain_value, clamp=limit, backend=chosen)

@@ -40,6 +40,7 @@ ARGUMENTS = (
     "Tensor? s, Tensor? d, Tensor rgb_weight, Tensor? rgb_bias, float? rgb_clamp"
 )
 DIFFERENTIABLE = [0, 1, 2, 3, 4, 8, 9, 10, 11]
+WEIGHT, FACTOR = 1, 8
 
 
 def _run(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
@@ -78,9 +79,11 @@ def _gradients(recorded: Recorded, grads: list[Any], wanted: list[int]) -> Seque
             return [both[i] for i in used]
 
         return composite_gradients(results, recorded.args, wanted, [grads[i] for i in used])
-    flags = [i in wanted for i in DIFFERENTIABLE]
+    # with factors the weight has none, though it came from them: zeros in its place would be a pass over it
+    asked = [i for i in wanted if i != WEIGHT or recorded.args[FACTOR] is None]
+    flags = [i in asked for i in DIFFERENTIABLE]
     found = _backward_op(*recorded.results, *grads, *recorded.args, flags, recorded.backend)
-    return [found[DIFFERENTIABLE.index(i)] for i in wanted]
+    return [found[DIFFERENTIABLE.index(i)] if i in asked else None for i in wanted]
 
 
 def _run_backward(
@@ -176,8 +179,8 @@ def modulated_conv2d_torgb(
         )  # fmt: skip
         options = {"demodulate": False, "bias": rgb_bias, "clamp": rgb_clamp, "backend": chosen}
         return y, modulated_conv2d(y, rgb_weight, rgb_styles, **options)  # type: ignore[arg-type]
-    made, s, d = _weights(x, weight, styles, float(eps))
-    of_image = modulated_weights(rgb_weight, rgb_styles, x, False, float(eps), lane="rgb weights")
+    made, s, d = _weights(x, weight, styles, float(eps), chosen)
+    of_image = modulated_weights(rgb_weight, rgb_styles, x, False, float(eps), chosen, lane="rgb weights")
     small = [in_dtype(one, x) for one in (noise, noise_strength, bias, rgb_bias)]
     rgb_limit = None if rgb_clamp is None else float(rgb_clamp)
     both: tuple[Tensor, Tensor] = _op(
@@ -186,8 +189,10 @@ def modulated_conv2d_torgb(
     return both
 
 
-def _weights(x: Tensor, weight: Tensor, styles: Tensor, eps: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _weights(
+    x: Tensor, weight: Tensor, styles: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The convolution's, and their factors s and d where the gradient goes to these."""
     if serves(x, weight, styles):
-        return factors(x, weight, styles, True, eps)
-    return modulated_weights(weight, styles, x, True, eps), None, None
+        return factors(x, weight, styles, True, eps, backend)
+    return modulated_weights(weight, styles, x, True, eps, backend), None, None

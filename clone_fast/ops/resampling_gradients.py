@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from clone_fast.ops.dispatch import is_whole, launch_step
+from clone_fast.ops.dispatch import is_whole, launch_step, own_step
 from clone_fast.ops.registration import like
-from clone_fast.ops.streams import left_beside
+from clone_fast.ops.streams import left_beside, side_by_side
 from clone_fast.ops.upfirdn2d import adjoint
 from clone_fast.reference.modulated_conv2d import downsampling_padding, upsampling_padding
 from clone_fast.reference.upfirdn2d import filter_size, output_size
@@ -32,6 +33,36 @@ def both_gradients(
         return None, dx()
     # in the weight's memory order: a copy later on, for which nothing waits, would be made on another stream
     return left_beside(weight.device, "wgrad", [weight], lambda: like(dw(), weight), dx, reads)
+
+
+def with_dgrad_weight(
+    make: Callable[[], tuple[Tensor, ...]], x: Tensor, backend: str, up: int, down: int
+) -> tuple[Tensor, ...]:
+    """What `make` makes, first of it the weight of a convolution of x, and in a capture a copy of that weight in the
+    order that dgrad reads, where it would copy it.
+
+    In the backward the copy would be one more launch between two layers, short as it is, and meanwhile weight gradients
+    on their lanes take the GPU, which dgrad then waits for. Here both are made on a lane, ahead of the layers.
+    """
+    made = make()
+    if up == down or not (side_by_side(x.device) and torch.is_grad_enabled() and x.requires_grad):
+        return made
+    with torch.no_grad():
+        copy = own_step("modulated_conv2d", "dgrad_weight", backend, x, made[0].transpose(-3, -4), down == 2)
+    return made if copy is None else (*made, copy)
+
+
+def remembered(made: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
+    """The first so many of them; the weight among these knows its copy for `dgrad_weight`."""
+    for copy in made[count:]:
+        made[0].dgrad_weight = copy  # type: ignore[attr-defined]
+    return made[:count]
+
+
+def dgrad_weight(weight: Tensor) -> Tensor:
+    """The weight with O and I exchanged: a view, unless `with_dgrad_weight` made a copy."""
+    found: Tensor = getattr(weight, "dgrad_weight", weight.transpose(-3, -4))
+    return found
 
 
 def _fir(backend: str, x: Tensor, f: Tensor, *args: Any) -> Tensor:
@@ -60,7 +91,7 @@ def up_gradients(
         weight,
         [h, x],
         (lambda: step("wgrad", h, x, k, 2, 0, weight.ndim == 5, weight.dtype).transpose(-3, -4)) if want_dw else None,
-        lambda: step("conv", h, weight.transpose(-3, -4), 2, 0, False) if want_dx else None,
+        lambda: step("conv", h, dgrad_weight(weight), 2, 0, False) if want_dx else None,
     )
     return dx, dw
 
@@ -89,10 +120,10 @@ def down_gradients(
     def input_gradient() -> Tensor:
         if k > 1 and adjoint(x.shape[2:], size_transposed(g, k), f, ONE, down, padding)[2] == upsampling_padding(f, k):
             # a transposed convolution and its filter are `up`, whose filter has a gain of 4
-            args = (g, weight.transpose(-3, -4), None, None, None, f.flip(*range(f.ndim)), 2, 1, "linear", 0.25, None)
+            args = (g, dgrad_weight(weight), None, None, None, f.flip(*range(f.ndim)), 2, 1, "linear", 0.25, None)
             if is_whole("modulated_conv2d", backend, *args):
                 return step("", *args)
-        filtered = step("conv", g, weight.transpose(-3, -4), stride, 0, True)
+        filtered = step("conv", g, dgrad_weight(weight), stride, 0, True)
         return _fir(backend, filtered, f, *adjoint(x.shape[2:], filtered.shape[2:], f, ONE, down, padding), True, 1.0)
 
     def weight_gradient() -> Tensor:
