@@ -15,6 +15,7 @@ from clone_fast.known import KnownOfEach
 from clone_fast.losses import r1_penalty
 from clone_fast.nn import Discriminator, Generator, Precision
 from clone_fast.nn.layers import fast_format
+from clone_fast.ops.scaled_copy import scaled_copy_
 from clone_fast.ops.streams import aside, joined
 from clone_fast.players import Game
 from clone_fast.settings import TweakSettings
@@ -58,7 +59,7 @@ def half_of_pairs(real: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     counts = [len(part) for part in real]
     both = torch.empty([2 * sum(counts), *shape], dtype=dtype, device=where, memory_format=fast_format(where))
     for place, part in zip(both[::2].split(counts), real, strict=True):
-        place.copy_(part)
+        scaled_copy_(place, part)
     return both
 
 
@@ -80,7 +81,7 @@ def in_pairs(real: Sequence[Tensor], fake: Tensor, dtype: torch.dtype, half: Ten
         shapes = ", ".join(str(list(part.shape)) for part in real)
         raise ValueError(f"there must be a real image of its size for each fake, got {shapes} for {list(fake.shape)}")
     both = half_of_pairs(real, dtype) if half is None else half
-    both[1::2] = fake
+    scaled_copy_(both[1::2], fake)
     return both
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clone_fast.ops.scaled_copy import scaled_copy_
+
 
 def known(loss: Callable[[Tensor], Tensor], image: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of an image, and its gradient: for `Known`, when it suits to find out."""
@@ -31,15 +33,15 @@ class Known(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * slope, None, None
+        return scaled_copy_(torch.empty_like(gradient), gradient, slope), None, None
 
 
 class KnownOfEach(torch.autograd.Function):
     """A loss of images whose gradient is known, up to a factor for each of them; and the images, first `count` of them,
     then the rest. The gradient may be of any dtype and lie as it likes.
 
-    The gradient of what is made of these parts is added to its part of the known one, in that one's memory. Those of
-    slices would be filled up with zeros, and added to all of it.
+    The gradient of what is made of these parts joins its part of the known one in the pass that multiplies that, and
+    lays it out as the images. Those of slices would be filled up with zeros, and added to all of it.
     """
 
     @staticmethod
@@ -56,10 +58,8 @@ class KnownOfEach(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor | None, *parts: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient, factor = ctx.saved_tensors
-        # converted and laid out as the images in the pass that multiplies; nobody else's, so parts are added in place
         whole = torch.empty_strided(gradient.shape, ctx.strides, dtype=ctx.dtype, device=gradient.device)
-        torch.mul(gradient, factor * (0 if slope is None else slope), out=whole)
-        for mine, theirs in zip((whole[: ctx.count], whole[ctx.count :]), parts, strict=True):
-            if theirs is not None:
-                mine += theirs
+        factor = factor * (0 if slope is None else slope)
+        for part, theirs in zip((slice(ctx.count), slice(ctx.count, None)), parts, strict=True):
+            scaled_copy_(whole[part], gradient[part], factor[part], theirs)
         return whole, None, None, None, None

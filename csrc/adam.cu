@@ -1,6 +1,9 @@
 // A step of Adam moves 28 bytes for each number and computes next to nothing: what counts is that enough blocks ask for
 // them. A weight of 2 million numbers keeps the whole GPU's memory busy by itself here, so that its step, taken beside
 // the backward of small layers, is over before the next one comes.
+//
+// And that no more of them ask than that takes: what is asked for beyond it waits in line, and with it whatever the
+// small layers ask for, several times in a row each. So a few blocks on each multiprocessor take piece after piece.
 #include "adam.h"
 
 #include <algorithm>
@@ -16,20 +19,21 @@ constexpr int kTensors = 64;  // of a launch: their table is an argument of the 
 constexpr int kThreads = 256;
 constexpr int kVectors = 2;  // of four numbers, for each thread: all loads of a block are under way at once
 constexpr int kChunk = kThreads * kVectors * 4;
+constexpr int kBlocks = 3;  // on a multiprocessor
 
 struct Table {
     AdamTensor tensors[kTensors];
-    int first[kTensors + 1];  // block of each tensor
+    int first[kTensors + 1];  // piece of each tensor
     int count;
     std::uint64_t aligned;  // a bit for each tensor: whether all of it lies on 16 bytes
     const float* rate;
     float beta1, beta2, log_beta1, log_beta2, epsilon;
 
-    __device__ __forceinline__ int tensor_of(int block) const {
+    __device__ __forceinline__ int tensor_of(int piece) const {
         int found = 0;
 #pragma unroll
         for (int step = kTensors / 2; step > 0; step /= 2)
-            if (found + step < count && first[found + step] <= block) found += step;
+            if (found + step < count && first[found + step] <= piece) found += step;
         return found;
     }
 };
@@ -54,12 +58,10 @@ struct Rule {
 __device__ __forceinline__ float4 load(const float* from) { return *reinterpret_cast<const float4*>(from); }
 __device__ __forceinline__ void store(float* to, float4 x) { *reinterpret_cast<float4*>(to) = x; }
 
-__global__ void __launch_bounds__(kThreads) adam_step(const __grid_constant__ Table t) {
-    const int found = t.tensor_of(blockIdx.x);
+__device__ __forceinline__ void take_step(const Table& t, int piece) {
+    const int found = t.tensor_of(piece);
     const AdamTensor& own = t.tensors[found];
-    let_next_come();
-    wait_for_previous();
-    const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x - t.first[found]) * kChunk;
+    const std::int64_t begin = static_cast<std::int64_t>(piece - t.first[found]) * kChunk;
     // 1 - beta^steps, without what is lost where beta^steps is close to 1
     const float steps = *own.steps + 1.0f;
     const float correction1 = -expm1f(steps * t.log_beta1), correction2 = -expm1f(steps * t.log_beta2);
@@ -94,6 +96,12 @@ __global__ void __launch_bounds__(kThreads) adam_step(const __grid_constant__ Ta
     }
 }
 
+__global__ void __launch_bounds__(kThreads) adam_step(const __grid_constant__ Table t) {
+    let_next_come();
+    wait_for_previous();
+    for (int piece = blockIdx.x; piece < t.first[t.count]; piece += gridDim.x) take_step(t, piece);
+}
+
 }  // namespace
 
 void adam(const std::vector<AdamTensor>& tensors, const float* rate, double beta1, double beta2, double epsilon,
@@ -105,9 +113,9 @@ void adam(const std::vector<AdamTensor>& tensors, const float* rate, double beta
         table.count = static_cast<int>(std::min<std::size_t>(kTensors, tensors.size() - begin));
         for (int i = 0; i < table.count; ++i) {
             const AdamTensor& one = table.tensors[i] = tensors[begin + i];
-            const std::int64_t blocks = ceil_div(one.count, std::int64_t{kChunk});
-            if (one.count < 1 || blocks > 1 << 24) fail(kOp, "takes tensors of 1 to 2^34 elements");
-            table.first[i + 1] = table.first[i] + static_cast<int>(blocks);
+            const std::int64_t pieces = ceil_div(one.count, std::int64_t{kChunk});
+            if (one.count < 1 || pieces > 1 << 24) fail(kOp, "takes tensors of 1 to 2^34 elements");
+            table.first[i + 1] = table.first[i] + static_cast<int>(pieces);
             const bool aligned = is_aligned(one.parameter) && is_aligned(one.gradient) && is_aligned(one.mean) &&
                                  is_aligned(one.square);
             table.aligned |= static_cast<std::uint64_t>(aligned) << i;
@@ -118,7 +126,8 @@ void adam(const std::vector<AdamTensor>& tensors, const float* rate, double beta
         table.log_beta1 = static_cast<float>(std::log(beta1));  // -inf for 0, whose correction is 1
         table.log_beta2 = static_cast<float>(std::log(beta2));
         table.epsilon = static_cast<float>(epsilon);
-        launch_early(kOp, adam_step, dim3(table.first[table.count]), kThreads, 0, stream, table);
+        const int blocks = std::min(table.first[table.count], kBlocks * multiprocessors(kOp));
+        launch_early(kOp, adam_step, dim3(blocks), kThreads, 0, stream, table);
     }
 }
 

@@ -20,7 +20,8 @@ from clone_fast.checkpoints import save_network
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "clone_fast"
 OPS = ("bias_act", "upfirdn2d", "modulated_conv2d", "laplacian_pyramid", "styles", "minibatch_stddev")
-IN_PLACE = ("adam",)  # on every floor, too, but with nothing to differentiate, nor to choose a backend for
+# on every floor, too, but with nothing to differentiate, nor to choose a backend for
+IN_PLACE = ("adam", "scaled_copy")
 MAX_LINES = 400
 
 if not (ROOT / "pyproject.toml").exists():
@@ -69,7 +70,7 @@ HOUSE = (
         lazily="lpips",
         packages="torch tqdm",
     ),
-    Layer("known"),
+    Layer("known", imports="ops"),
     Layer("players", imports="nn"),
     Layer("adversary", imports="ops losses known players nn descent settings"),
     Layer("iteration", imports="ops losses known nn progress settings capture descent draws latent adversary"),
