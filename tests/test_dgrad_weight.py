@@ -83,6 +83,20 @@ def test_it_is_copied_on_the_lane_of_the_weight(
     assert order(ran[last][1][1])
 
 
+@pytest.mark.parametrize("options", [{"up": 2}, {"down": 2}], ids=str)
+def test_it_is_copied_for_small_images(options: dict[str, int], ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The larger of what the convolution reads and makes is its result where that is twice the size."""
+    args = inputs(False)
+    larger = args["x"].nbytes * (5 if "up" in options else 1)
+    args["x"].requires_grad_()
+    play_streams(monkeypatch)
+    for limit in (larger, larger - 1):
+        monkeypatch.setattr(sys.modules["clone_fast.ops.resampling_gradients"], "SMALL", limit)
+        ran.clear()
+        modulated_conv2d(**args, **options)
+        assert ("dgrad_weight" in dict(ran)) == (limit == larger)
+
+
 @pytest.mark.parametrize("what", ["no gradient", "x wants none", "the same size"])
 def test_it_is_not_copied_for_nothing(what: str, ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
     machine: Machine = play_streams(monkeypatch)

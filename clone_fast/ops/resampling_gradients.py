@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clone_fast.ops.dispatch import is_whole, launch_step, own_step
 from clone_fast.ops.registration import like
-from clone_fast.ops.streams import left_beside, side_by_side
+from clone_fast.ops.streams import SMALL, left_beside, side_by_side
 from clone_fast.ops.upfirdn2d import adjoint
 from clone_fast.reference.modulated_conv2d import downsampling_padding, upsampling_padding
 from clone_fast.reference.upfirdn2d import filter_size, output_size
@@ -43,9 +43,15 @@ def with_dgrad_weight(
 
     In the backward the copy would be one more launch between two layers, short as it is, and meanwhile weight gradients
     on their lanes take the GPU, which dgrad then waits for. Here both are made on a lane, ahead of the layers.
+
+    Not of images that are not `SMALL`: there weight gradients are waited for, and do better before dgrad, or beside it,
+    than beside the pass over memory that follows it.
     """
     made = make()
     if up == down or not (side_by_side(x.device) and torch.is_grad_enabled() and x.requires_grad):
+        return made
+    result = x.nbytes // x.shape[1] * made[0].shape[-4] * up**2 // down**2
+    if max(x.nbytes, result) > SMALL:
         return made
     with torch.no_grad():
         copy = own_step("modulated_conv2d", "dgrad_weight", backend, x, made[0].transpose(-3, -4), down == 2)
