@@ -72,7 +72,11 @@ def test_it_is_copied_on_the_lane_of_the_weight(
     machine, where = play_streams(monkeypatch), []
     functions: Any = dispatch.leaf("modulated_conv2d", LEAF)
     copy = functions.functions.launch_dgrad_weight
-    noted = lambda *given: where.append(machine.now.name) or copy(*given)  # noqa: E731
+
+    def noted(*given: Any) -> Tensor:
+        where.append(machine.now.name)
+        return copy(*given)
+
     monkeypatch.setattr(functions.functions, "launch_dgrad_weight", noted)
     for got, exact in zip(gradients(args, names, **options), want, strict=True):
         torch.testing.assert_close(got, exact)

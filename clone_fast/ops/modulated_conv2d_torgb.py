@@ -40,7 +40,6 @@ ARGUMENTS = (
     "Tensor? s, Tensor? d, Tensor rgb_weight, Tensor? rgb_bias, float? rgb_clamp"
 )
 DIFFERENTIABLE = [0, 1, 2, 3, 4, 8, 9, 10, 11]
-WEIGHT, FACTOR = 1, 8
 
 
 def _run(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
@@ -79,11 +78,9 @@ def _gradients(recorded: Recorded, grads: list[Any], wanted: list[int]) -> Seque
             return [both[i] for i in used]
 
         return composite_gradients(results, recorded.args, wanted, [grads[i] for i in used])
-    # with factors the weight has none, though it came from them: zeros in its place would be a pass over it
-    asked = [i for i in wanted if i != WEIGHT or recorded.args[FACTOR] is None]
-    flags = [i in asked for i in DIFFERENTIABLE]
+    flags = [i in wanted for i in DIFFERENTIABLE]
     found = _backward_op(*recorded.results, *grads, *recorded.args, flags, recorded.backend)
-    return [found[DIFFERENTIABLE.index(i)] if i in asked else None for i in wanted]
+    return [found[DIFFERENTIABLE.index(i)] for i in wanted]
 
 
 def _run_backward(
@@ -194,5 +191,6 @@ def _weights(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The convolution's, and their factors s and d where the gradient goes to these."""
     if serves(x, weight, styles):
-        return factors(x, weight, styles, True, eps, backend)
+        made, s, d = factors(x, weight, styles, True, eps, backend)
+        return made.detach(), s, d  # its gradient goes by the factors alone; zeros for it would be a pass over it
     return modulated_weights(weight, styles, x, True, eps, backend), None, None
