@@ -13,24 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from clone_fast.kernels._dense import dtype_reason, layout_of
+from clone_fast.kernels._place import place
 
 LARGEST_GROUP = 1024
 TILE = 32768  # numbers of a group that a program holds at once, forward
 BACKWARD_TILE = 2048  # and backward, where it is the blocks that fill the GPU
 LARGEST_BLOCK = 4096  # of those, how many of one sample
 EACH = 32  # numbers for each thread, in 16 warps up to twice as many
-
-
-@triton.jit
-def _place(at, channels, pixels, INNER: tl.constexpr):
-    """Channel and pixel, in the order of memory: channels_last where INNER."""
-    if INNER:
-        c = at % channels
-        p = at // channels
-    else:
-        c = at // pixels
-        p = at % pixels
-    return c, p
 
 
 @triton.jit
@@ -56,7 +45,7 @@ def _forward_kernel(
     for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < count
-        c, p = _place(at, channels, pixels, INNER)
+        c, p = place(at, channels, pixels, INNER)
         c += f * channels
         there = (g < G) & inside[None, :]
         value = tl.load(members + (c * x_c + p * x_p)[None, :], mask=there, other=0.0)
@@ -84,7 +73,7 @@ def _backward_kernel(
     g = tl.arange(0, GP)[:, None]
     n = m + g * groups
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    c, p = _place(at, channels, pixels, INNER)
+    c, p = place(at, channels, pixels, INNER)
     c += f * channels
     there = (g < G) & (at < count)[None, :]
     value = tl.load(x + n * x_n + (c * x_c + p * x_p)[None, :], mask=there, other=0.0)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clone_fast.kernels._dense import DTYPES
+from clone_fast.kernels._place import place
 
 BLOCK = 1024  # numbers of a program
 CHANNELS = 4  # at most: by what an index is divided is a constant
@@ -24,8 +25,7 @@ def _scaled_copy_kernel(
     """out [N, C, P] = x * factor + added, either of which may be None; INNER: out lies by pixels."""
     n = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    c = at % C if INNER else at // pixels
-    p = at // C if INNER else at % pixels
+    c, p = place(at, C, pixels, INNER)
     inside = at < pixels * C
     value = tl.load(x + n * x_n + c * x_c + p * x_p, mask=inside).to(tl.float32)
     if factor is not None:
