@@ -139,16 +139,20 @@ def once(benchmark: BenchmarkFixture, group: str, run: Callable[[], Any]) -> Any
 
 
 def test_photo(world: World, benchmark: BenchmarkFixture) -> None:
-    """A photo from the file of the network on; the first of a process, and the second."""
+    """A photo from the file of the network on, the first of a process and the second; and of a network that was opened
+    before, and has had a photo."""
+    asked: dict[str, Any] = {"latent_steps": LATENT, "steps": STEPS["photo"], "precision": PRECISION}
+
+    def row(name: str, network: Any) -> None:
+        inversion, values = timed(lambda: invert(world.photos[0], network, **asked))
+        written(name, mode="clone", latent_steps=LATENT, **values, **of(inversion))
 
     def run() -> None:
-        for row in ("photo, first call", "photo"):
-            inversion, values = timed(
-                lambda: invert(
-                    world.photos[0], world.network, latent_steps=LATENT, steps=STEPS["photo"], precision=PRECISION
-                )
-            )
-            written(row, mode="clone", latent_steps=LATENT, **values, **of(inversion))
+        row("photo, first call", world.network)
+        row("photo", world.network)
+        opened = open_network(world.network)
+        invert(world.photos[0], opened, **asked)
+        row("photo, opened network", opened)
 
     once(benchmark, "a photo", run)
 
@@ -237,7 +241,7 @@ def inverted(world: World, network: Any, at_once: str, photos: Iterable[Tensor],
 @pytest.mark.parametrize("mode", ["recon", "clone"])
 def test_each(mode: str, at_once: str, world: World, benchmark: BenchmarkFixture) -> None:
     """Photos per hour of an opened network; kernels are compiled before, graphs are captured within."""
-    network = open_network(world.network, None, common.DEVICE)
+    network = open_network(world.network, device=common.DEVICE)
     first = world.photos[: 1 if at_once == "loop" else int(at_once)]
     loop = network if at_once == "loop" else network.network
     network.network.directions.update(network.directions)  # found once for both

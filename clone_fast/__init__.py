@@ -12,7 +12,7 @@ from clone_fast.checkpoints import load_generator, load_network, save_network
 from clone_fast.compat import accelerate, install, installed, uninstall
 from clone_fast.errors import CloneFastError
 from clone_fast.inversion import Inversion
-from clone_fast.invert import invert
+from clone_fast.invert import invert, open_network
 from clone_fast.latent import Latent, LatentSettings
 from clone_fast.many import invert_each, invert_many
 from clone_fast.nn import Architecture, Discriminator, Generator, Network
@@ -58,6 +58,7 @@ __all__ = [
     "load_generator",
     "load_network",
     "modulated_conv2d",
+    "open_network",
     "save_network",
     "setup_filter",
     "tune",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from clone_fast.photo import real_images as load_real_images
 from clone_fast.progress import Progress
 from clone_fast.rehearsal import rehearse_inversion
 from clone_fast.stepwise import Steps, drain, stepwise
+from clone_fast.stills import Stills
 from clone_fast.tweak import Tweak, TweakSettings, tweak, usable
 
 DRIFT_SAMPLES = 64
@@ -39,9 +40,10 @@ class Opened:
     """A network on its device, for one photo after another.
 
     Attributes:
-        network: read and moved.
+        network: read and moved; its weights must stay as they are.
         name: what results call it.
         directions: named directions of W: the file's, or those of `pca_directions`.
+        stills: draws what is drawn between the stages and after them.
         searches, tweaks: where the work of an ended photo waits for the next one with the same options; without these
             lists every photo begins with work, and graphs, of its own.
     """
@@ -49,8 +51,14 @@ class Opened:
     network: Network
     name: str
     directions: dict[str, Tensor]
+    stills: Stills
     searches: list[Search] | None = None
     tweaks: list[Tweak] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.stills.device
 
 
 @stepwise
@@ -87,7 +95,8 @@ def invert(
         photo: a path, a PIL image, an array [H, W, 3] (uint8, or float in [0, 1]) or a tensor [3, H, W] (uint8, or
             float in [-1, 1]); brought to the network's resolution, see `clone_fast.photo.load_photo`.
         network: a file (ours, NVIDIA's .pkl, rosinality's .pt), a loaded `Network` or a `Generator`; None for the demo
-            network that comes with the package. What `open_network` gives serves many photos.
+            network that comes with the package. With what `open_network` gives, the work and the graphs of one photo
+            serve the next.
         discriminator: a file to take the discriminator from, where the network's has none.
         space: "w+" or "w", where the latent is searched.
         latent: start the search there, or with latent_steps=0 use it as it is.
@@ -102,7 +111,7 @@ def invert(
         label: class of the photo, for a class-conditional network.
         resize: "crop" the centre of a photo that is not square, or "pad" it.
         crop: (left, top, size) of a square in the photo's own pixels, instead.
-        device: by default the GPU if there is one.
+        device: by default that of an opened network, or else the GPU if there is one.
         seed: of everything that is random.
         similarity: a loss (image, photo) -> scalar of one's own for the tweak.
         latent_settings, tweak_settings: everything else; the arguments above take precedence.
@@ -121,10 +130,10 @@ def invert(
     settings = override(
         tweak_settings or TweakSettings(), steps=steps, mode=mode, target_psnr=target_psnr, **both
     )
-    where = choose_device(device)
+    where = device_for(network, device)
     search, settings = settled(search, where), settled(settings, where)
     with _clock(seconds, "load", where):
-        opened = open_network(network, discriminator, where)
+        opened = open_network(network, discriminator, device=where, keep=False)
         generator, judge = opened.network.generator, opened.network.discriminator
         others, labels = read_real_images(real_images, generator), one_hot(label, generator, where)
         if settings.adversarial:  # what is missing is told before the search of the latent, not after it
@@ -133,9 +142,12 @@ def invert(
         start = None if latent is None else Latent.of(latent, generator)
         given: dict[str, Any] = {"real_images": others, "label": labels, "similarity": similarity}
         rehearse_inversion(generator, judge, target, search, settings, start=start, **given)
+        _let_go(opened.searches, lambda work: work.serves(search, start))
+        _let_go(opened.tweaks, lambda work: work.serves(settings, **given))
+    draw = opened.stills.draw
     with _clock(seconds, "latent", where):
         found = yield from optimise.steps(
-            generator, target, search, start=start, seed=seed, progress=progress, spare=opened.searches
+            generator, target, search, start=start, seed=seed, progress=progress, spare=opened.searches, draw=draw
         )
     with _clock(seconds, "tweak", where):
         tweaked = yield from tweak.steps(
@@ -152,8 +164,8 @@ def invert(
         )
     inversion = Inversion(
         photo=target,
-        image=tweaked.latent.picture(tweaked.generator),
-        latent_only=found.latent.picture(generator),
+        image=tweaked.latent.picture(tweaked.generator, draw),
+        latent_only=found.latent.picture(generator, draw),
         latent=tweaked.latent,
         found=found.latent,
         generator=tweaked.generator,
@@ -177,14 +189,27 @@ def invert(
         },
     )
     with _clock(seconds, "metrics", where):
-        measuring = measure.steps(inversion)  # without a pause after Ctrl-C, which others are to hear of at once
-        inversion.metrics = drain(measuring) if inversion.settings["interrupted"] else (yield from measuring)
+        measured = None
+        while measured is None:
+            measuring = measure.steps(inversion, stills=opened.stills)
+            try:  # without a pause after Ctrl-C, which others are to hear of at once
+                measured = drain(measuring) if inversion.settings["interrupted"] else (yield from measuring)
+            except torch.OutOfMemoryError:
+                if not any([_let_go(opened.searches), _let_go(opened.tweaks)]):
+                    raise
+        inversion.metrics = measured
     return inversion
 
 
 @stepwise
-def measure(inversion: Inversion, *, drift_samples: int = DRIFT_SAMPLES) -> Steps[dict[str, float | None]]:
+def measure(
+    inversion: Inversion, *, drift_samples: int = DRIFT_SAMPLES, stills: Stills | None = None
+) -> Steps[dict[str, float | None]]:
     """Fidelity, cohesion and editability of an inversion whose original generator is at hand.
+
+    Args:
+        drift_samples: random latents that drift is measured on.
+        stills: of the original networks, to draw with.
 
     Returns:
         "psnr", "ssim", "ms_ssim" of the clone, "latent_psnr", "latent_ssim" of the latent alone; "drift_psnr",
@@ -200,13 +225,13 @@ def measure(inversion: Inversion, *, drift_samples: int = DRIFT_SAMPLES) -> Step
     before, after, found = inversion.original, inversion.generator, inversion.found
     if before is None or found is None:
         return result
-    features = None
-    if inversion.original_discriminator is not None:
-        features = partial(inversion.original_discriminator.features, per_image=True)
-    result |= yield from metrics.drift.steps(before, after, n=drift_samples, features=features)
+    stills = stills or Stills(before, inversion.original_discriminator)
+    features = None if inversion.original_discriminator is None else stills.features
+    result |= yield from metrics.drift.steps(before, after, n=drift_samples, features=features, draw=stills.draw)
     chosen = dict(list(inversion.directions.items())[:8])
+    noise: dict[str, Any] = {"noise": inversion.latent.noise, "noise_before": found.noise}
     result["editability"] = yield from metrics.editability.steps(
-        before, after, found.ws, chosen, noise=inversion.latent.noise, noise_before=found.noise
+        before, after, found.ws, chosen, **noise, draw=stills.draw
     )
     return result
 
@@ -228,6 +253,20 @@ def choose_device(device: torch.device | str | None) -> torch.device:
     return chosen
 
 
+def device_for(network: Any, device: torch.device | str | None) -> torch.device:
+    """`choose_device`, but where an opened network is.
+
+    Raises:
+        SettingsError: likewise, or it is elsewhere.
+    """
+    if not isinstance(network, Opened):
+        return choose_device(device)
+    asked = network.device if device is None else choose_device(device)
+    if asked.type != network.device.type or asked.index not in (None, network.device.index):
+        raise SettingsError(f"device {str(device)!r}: the network was opened on {network.device}")
+    return network.device
+
+
 @contextmanager
 def _clock(seconds: dict[str, float], stage: str, device: torch.device) -> Iterator[None]:
     began = time.perf_counter()
@@ -242,11 +281,45 @@ def override(settings: Any, **values: Any) -> Any:
     return replace(settings, **{name: value for name, value in values.items() if value is not None})
 
 
+def _let_go(waiting: list[Any] | None, serves: Callable[[Any], bool] = lambda work: False) -> bool:
+    """Give back the memory of the work that waits, but of what serves; whether there was any."""
+    gone = [work for work in waiting or () if not serves(work)]
+    for work in gone:
+        work.release()
+        assert waiting is not None  # for the type checker
+        waiting.remove(work)
+    found = bool(gone)
+    if found:
+        del gone, work
+        gc.collect()  # what is let go refers to itself
+    return found
+
+
 def open_network(
-    network: StrPath | Network | Generator | Opened | None, discriminator: StrPath | None, device: torch.device
+    network: StrPath | Network | Generator | Opened | None = None,
+    discriminator: StrPath | None = None,
+    *,
+    device: torch.device | str | None = None,
+    keep: bool = True,
 ) -> Opened:
-    """The network on the device, frozen if it comes from a file; one that is open stays so."""
+    """The network on the device, for one photo after another: `invert` takes it in place of a file.
+
+        network = open_network("ffhq.pkl")
+        for photo in photos:
+            invert(photo, network).save(...)
+
+    Args:
+        network, discriminator, device: as of `invert`. One that is open stays as it is.
+        keep: leave the work of a photo to the next one with the same options, which then begins at once: on a GPU that
+            takes as much memory as an iteration of search and tweak, until this object is gone.
+
+    Raises:
+        CheckpointError, SettingsError: the network or the device cannot be used.
+    """
+    where = device_for(network, device)
     if isinstance(network, Opened):
+        if discriminator is not None:
+            raise SettingsError("discriminator: the network is open already; give both to open_network")
         return network
     if isinstance(network, Generator):
         network = Network(network)
@@ -261,8 +334,10 @@ def open_network(
     net = network if isinstance(network, Network) else load_network(path or name, discriminator=discriminator)
     if isinstance(network, Network) and discriminator is not None:
         raise SettingsError("discriminator: give it inside the Network, or give files for both")
-    net = net.to(device)
-    return Opened(net, name, net.directions or pca_directions(net.generator))
+    net = net.to(where)
+    directions = net.directions or pca_directions(net.generator)
+    opened = Opened(net, name, directions, Stills(net.generator, net.discriminator))
+    return replace(opened, searches=[], tweaks=[]) if keep else opened
 
 
 def read_real_images(given: StrPath | Tensor | None, generator: Generator) -> Tensor | None:

@@ -48,6 +48,7 @@ class Tweak:
     ) -> None:
         s = settled(settings, photo.device)
         self.settings, self.label, self.photo = s, label, torch.empty_like(photo)
+        self.given = real_images, similarity
         self.latent = Latent(torch.empty_like(latent.ws), {k: torch.empty_like(v) for k, v in latent.noise.items()})
         self.reconstruction = Reconstruction(self.photo, similarity=similarity, weight=s.reconstruction_weight)
         self.original, self.precision = generator, Precision.named(s.precision)
@@ -109,6 +110,20 @@ class Tweak:
         with self.precision.active():
             drawn = _synthesise(self.original, [latent.ws], [], [], latent.noise, self.settings)
             torch.sub(photo, drawn, out=self.offset)
+
+    def serves(
+        self,
+        settings: TweakSettings,
+        *,
+        real_images: Tensor | None = None,
+        label: Tensor | None = None,
+        similarity: Similarity | None = None,
+    ) -> bool:
+        """Whether `restart` can take a photo that is tweaked with these."""
+        given, labelled = self.given, self.label is not None
+        same = given[0] is real_images and given[1] is similarity and labelled is (label is not None)
+        same = same and self.settings == settled(settings, self.photo.device)
+        return same and (self.label is None or label is None or torch.equal(self.label, label))
 
     def moved(self) -> list[Tensor]:
         """What the generator's descent moves: weights, and noise maps."""

@@ -21,7 +21,7 @@ import torch
 
 from clone_fast.errors import CloneFastError, DivergenceError, MemoryLimitError, PhotoError, SettingsError
 from clone_fast.inversion import Inversion
-from clone_fast.invert import Opened, StrPath, choose_device, invert, open_network, override, read_real_images
+from clone_fast.invert import Opened, StrPath, device_for, invert, open_network, override, read_real_images
 from clone_fast.memory import full, photos_that_fit, without_frames
 from clone_fast.nn import Generator, Network, frozen, settled
 from clone_fast.stepwise import Pause, Steps
@@ -35,7 +35,7 @@ Result = Inversion | CloneFastError
 
 def invert_each(
     photos: Iterable[Any],
-    network: StrPath | Network | Generator | None = None,
+    network: StrPath | Network | Generator | Opened | None = None,
     *,
     at_once: int | None = None,
     **options: Any,
@@ -69,9 +69,9 @@ def invert_each(
         raise SettingsError(f"at_once must be >= 1, got {at_once}")
     asked = {field.name: options.get(field.name) for field in fields(TweakSettings)}
     settings = override(options.get("tweak_settings") or TweakSettings(), **asked)
-    device = choose_device(options.get("device"))
+    device = device_for(network, options.get("device"))
     settings = settled(settings, device)
-    opened = open_network(network, options.pop("discriminator", None), device)
+    opened = open_network(network, options.pop("discriminator", None), device=device)
     options["real_images"] = read_real_images(options.get("real_images"), opened.network.generator)
     if at_once is None:
         at_once = min(photos_that_fit(opened.network, settings, device), MOST)
@@ -80,7 +80,7 @@ def invert_each(
 
 def invert_many(
     photos: Iterable[Any],
-    network: StrPath | Network | Generator | None = None,
+    network: StrPath | Network | Generator | Opened | None = None,
     *,
     at_once: int | None = None,
     **options: Any,

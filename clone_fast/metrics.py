@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clone_fast.nn import Draw, drawn
 from clone_fast.stepwise import Pause, Steps, stepwise
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def drift(
     batch: int = 8,
     device: torch.device | str | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
+    draw: Draw = drawn,
 ) -> Steps[dict[str, float]]:
     """How far the manifold moved: the same random latents, drawn by the generators before and after the
     tweak.
@@ -97,6 +99,7 @@ def drift(
             of the two sets is measured, too. Its scale is that of the features: compare numbers of one
             network only. `functools.partial(discriminator.features, per_image=True)` makes them independent
             of `batch`.
+        draw: how the generators draw.
 
     Returns:
         "drift_psnr" (dB) and "drift_ssim": means over the pairs, higher is less drift; and "drift_frechet"
@@ -107,21 +110,21 @@ def drift(
     where = next(after.parameters()).device if device is None else torch.device(device)
     source = torch.Generator().manual_seed(seed)
     latents, labels = before.sample(n, source)  # all at once: the same ones for any batch
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64, device=where)
     seen: tuple[list[Tensor], list[Tensor]] = ([], [])
     for start in range(0, n, batch):
         z = latents[start : start + batch].to(where)
         c = None if labels is None else labels[start : start + batch].to(where)
-        pair = [g(z, c, noise_mode="const").float().clamp(-1, 1) for g in (before, after)]
-        values = torch.stack([_psnr(*pair).double().sum(), _ssim(*pair).double().sum()])
-        known = [] if features is None else [features(images).double() for images in pair]
-        yield Pause.MEASURE  # before the reads, which wait for what was launched
-        sums += values.cpu()
-        for i, row in enumerate(known):
-            seen[i].append(row.cpu())
-    result = {"drift_psnr": float(sums[0]) / n, "drift_ssim": float(sums[1]) / n}
+        pair = [draw(g, g.mapping(z, c)[:, :1], None).float().clamp(-1, 1) for g in (before, after)]
+        sums += torch.stack([_psnr(*pair).double().sum(), _ssim(*pair).double().sum()])
+        if features is not None:
+            for rows, images in zip(seen, pair, strict=True):
+                rows.append(features(images).double())
+        yield Pause.MEASURE  # nothing is read, which would wait for what was launched, before all of it is
+    psnr_sum, ssim_sum = sums.tolist()
+    result = {"drift_psnr": psnr_sum / n, "drift_ssim": ssim_sum / n}
     if features is not None:
-        result["drift_frechet"] = frechet_distance(torch.cat(seen[0]), torch.cat(seen[1]))
+        result["drift_frechet"] = frechet_distance(*(torch.cat(rows).cpu() for rows in seen))
     return result
 
 
@@ -163,6 +166,7 @@ def editability(
     noise: Mapping[str, Tensor] | None = None,
     noise_before: Mapping[str, Tensor] | None = None,
     batch: int = 8,
+    draw: Draw = drawn,
 ) -> Steps[float]:
     """Whether the clone can be edited as the latent-only inversion can: the mean correlation of the changes.
 
@@ -183,6 +187,7 @@ def editability(
         noise: the noise maps of the clone, as `synthesis` takes them.
         noise_before: those of the latent-only inversion.
         batch: images that are drawn at once.
+        draw: how the generators draw.
     """
     moves = list(directions.values()) if isinstance(directions, Mapping) else list(directions)
     if not moves or not strengths:
@@ -190,27 +195,25 @@ def editability(
 
     sides = ((after, noise), (before, noise_before))
 
-    def draw(latent: Tensor) -> list[Tensor]:
-        return [g.synthesis(latent, noise_mode="const", noise=maps).float().clamp(-1, 1) for g, maps in sides]
+    def images(latent: Tensor) -> list[Tensor]:
+        return [draw(g, latent, maps).float().clamp(-1, 1) for g, maps in sides]
 
     moved = torch.cat([ws + strength * move.to(ws) for move in moves for strength in strengths])
-    start = draw(ws)
+    start = images(ws)
     values = []
     for part in moved.split(batch):
-        changes = [images - image for images, image in zip(draw(part), start, strict=True)]
-        yield Pause.MEASURE
+        changes = [edited - image for edited, image in zip(images(part), start, strict=True)]
         for pair in zip(*changes, strict=True):
-            seen = min(float(change.square().mean().sqrt()) for change in pair) > _ROUNDING
-            values.append(correlation(*pair) if seen else 0.0)
-    return math.fsum(values) / len(values)
+            seen = torch.stack([change.square().mean().sqrt() for change in pair]).min() > _ROUNDING
+            values.append(torch.where(seen, _correlation(*pair), 0.0))
+        yield Pause.MEASURE
+    return math.fsum(torch.stack(values).tolist()) / len(values)
 
 
 @torch.no_grad()
 def correlation(a: Tensor, b: Tensor) -> float:
     """Pearson's correlation of all values of two tensors of one shape, in float64; 0 if one is constant."""
-    x, y = (t.double().flatten() - t.double().mean() for t in (a, b))
-    norm = float(x.norm() * y.norm())
-    return float(x @ y) / norm if norm > 0 else 0.0
+    return float(_correlation(a, b))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -221,6 +224,12 @@ def _pair(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         got = f"{tuple(image.shape)} and {tuple(target.shape)}"
         raise ValueError(f"metrics: wants two [N, 3, R, R] of one shape, got {got}")
     return image.detach().float().clamp(-1, 1), target.detach().to(image.device).float().clamp(-1, 1)
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    x, y = (t.double().flatten() - t.double().mean() for t in (a, b))
+    norm = x.norm() * y.norm()
+    return torch.where(norm > 0, x @ y / norm, 0.0)
 
 
 def _psnr(image: Tensor, target: Tensor) -> Tensor:

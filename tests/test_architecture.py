@@ -61,6 +61,7 @@ HOUSE = (
     Layer("settings", imports="nn"),
     Layer("memory", imports="nn settings"),
     Layer("capture", imports="ops"),
+    Layer("stills", imports="nn capture"),
     Layer("compat", imports="ops capture", lazily=ANY),  # a target codebase is imported when it is to be accelerated
     Layer("descent", imports="capture ops"),
     Layer("draws", imports="capture nn"),
@@ -86,7 +87,8 @@ HOUSE = (
     ),
     Layer(
         "invert",
-        imports="inversion rehearsal latent tweak losses progress photo metrics edit checkpoints nn files stepwise",
+        imports="inversion rehearsal latent tweak losses progress photo metrics edit checkpoints nn files stepwise "
+        "stills",
         lazily="demo",
         packages="torch tqdm safetensors",
     ),

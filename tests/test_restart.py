@@ -153,8 +153,10 @@ def test_photos_of_a_place_share_its_graphs(made: list[PlayedGraphs]) -> None:
     options: dict[str, Any] = {"device": "cpu", "latent_settings": LatentSettings(steps=3, start_samples=8)}
     s = tiny.settings(mode="recon", steps=3)
     invert_many(PHOTOS * 2, tiny.network(), at_once=2, tweak_settings=s, **options)
+    stills, *made = made  # all draw with the same
     assert len(made) == 4  # two places, each with a search and a tweak
-    if made[0].log:
+    if stills.log:
+        assert stills.recorded == 5
         assert [one.recorded for one in made] == [1] * 4
         assert sum(one.log.count("eager") for one in made) == 4  # the very first iterations
         assert sum(one.log.count("replay 1") for one in made) == 6 * (3 + 3) - 4

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clone_fast.errors import SettingsError
-from clone_fast.nn import Generator
+from clone_fast.nn import Draw, Generator, drawn
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,12 @@ class Latent:
 
     def draw(self, generator: Generator) -> Tensor:
         """The image [1, C, R, R] that a generator draws for it, with constant noise."""
-        image: Tensor = generator.synthesis(self.ws, noise_mode="const", noise=self.noise)
-        return image
+        return drawn(generator, self.ws, self.noise)
 
     @torch.no_grad()
-    def picture(self, generator: Generator) -> Tensor:
+    def picture(self, generator: Generator, draw: Draw = drawn) -> Tensor:
         """The same as a finished picture: limited to [-1, 1], without a graph."""
-        return self.draw(generator).clamp(-1, 1)
+        return draw(generator, self.ws, self.noise).clamp(-1, 1)
 
     def to(self, device: torch.device | str) -> Latent:
         """The same on another device."""

@@ -22,7 +22,7 @@ from clone_fast.errors import DivergenceError, MemoryLimitError, SettingsError
 from clone_fast.latent.latent import Latent
 from clone_fast.losses import Reconstruction, Similarity, weighted
 from clone_fast.memory import full, without_frames
-from clone_fast.nn import Generator, Precision, frozen, settled
+from clone_fast.nn import Draw, Generator, Precision, drawn, frozen, settled
 from clone_fast.ops.streams import aside, joined
 from clone_fast.progress import Keeper, Progress, Record, quick_psnr, ramp
 from clone_fast.stepwise import Pause, Steps, stepwise
@@ -130,13 +130,13 @@ def _sample_w(generator: Generator, n: int, source: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def _nearest(generator: Generator, photo: Tensor, w: Tensor) -> Tensor:
+def _nearest(generator: Generator, photo: Tensor, w: Tensor, draw: Draw) -> Tensor:
     """Of w_avg and a few of the w, pulled half-way to it, the one most like the photo at 8x8; [w_dim]."""
     mean = generator.mapping.w_avg
     tried = torch.cat([mean[None], mean.lerp(w[:32], 0.5)])
     small, errors = F.adaptive_avg_pool2d(photo, 8), []
     for part in tried.split(8):
-        images = generator.synthesis(part[:, None].repeat(1, generator.num_ws, 1))
+        images = draw(generator, part[:, None], None)
         errors.append((F.adaptive_avg_pool2d(images, 8) - small).square().mean(dim=[1, 2, 3]))
     return tried[torch.cat(errors).argmin()]
 
@@ -148,10 +148,18 @@ class Search:
     """
 
     def __init__(
-        self, generator: Generator, photo: Tensor, settings: LatentSettings, *, start: Latent | None, seed: int
+        self,
+        generator: Generator,
+        photo: Tensor,
+        settings: LatentSettings,
+        *,
+        start: Latent | None,
+        seed: int,
+        draw: Draw = drawn,
     ) -> None:
         settings = settled(settings, photo.device)
         self.generator, self.photo, self.settings = generator, torch.empty_like(photo), settings
+        self.draw = draw
         self.precision = Precision.named(settings.precision)
         similarity = lpips_similarity(photo.device) if settings.similarity == "lpips" else None
         self.loss_of = Reconstruction(self.photo, similarity=similarity)
@@ -183,7 +191,7 @@ class Search:
         w = _sample_w(self.generator, self.settings.start_samples, self.source)
         spread = float((w - w.mean(dim=0)).square().sum(dim=1).mean().sqrt())
         self.spread = spread / math.sqrt(self.generator.w_dim)
-        first = _nearest(self.generator, photo, w) if start is None else start.ws.to(photo.device)
+        first = _nearest(self.generator, photo, w, self.draw) if start is None else start.ws.to(photo.device)
         base = Latent.expanded(first, self.generator)
         self.ws.copy_(base if len(self.ws[0]) > 1 else base.mean(dim=1, keepdim=True))
         consts = self.generator.synthesis.noise_consts()
@@ -193,6 +201,11 @@ class Search:
         self.taken = 0
         self.table.refill(self._draw())
         self.board.clear()
+
+    def serves(self, settings: LatentSettings, start: Latent | None) -> bool:
+        """Whether `restart` can take a photo that is searched with these."""
+        maps = set() if start is None else set(start.noise)
+        return self.settings == settled(settings, self.photo.device) and (settings.noise_maps or maps == set(self.maps))
 
     def latent(self) -> Latent:
         """A copy of it as it is."""
@@ -265,6 +278,7 @@ def optimise(
     seed: int = 0,
     progress: Progress | None = None,
     spare: list[Search] | None = None,
+    draw: Draw = drawn,
 ) -> Steps[Outcome]:
     """Find the latent whose image is most similar to the photo; the generator stays as it is.
 
@@ -275,6 +289,7 @@ def optimise(
         progress: called at every check.
         spare: the work of photos before, of the same generator and settings: one is taken for this photo and put there
             again at its end. Without it the memory is given back.
+        draw: how the images are drawn among which the search begins.
 
     Returns:
         The latent found. Ctrl-C, or a memory that is full (with a RuntimeWarning), end the search with the latent of
@@ -290,7 +305,7 @@ def optimise(
             work = spare.pop()
             work.restart(photo, start=start, seed=seed)
         else:
-            work = Search(generator, photo, settings, start=start, seed=seed)
+            work = Search(generator, photo, settings, start=start, seed=seed, draw=draw)
     except torch.OutOfMemoryError as error:
         without_frames(error)
         raise MemoryLimitError(full("latent", generator.arch, photo.device)) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -44,6 +44,16 @@ class Network:
                 module.to(device)
         self.directions = {name: direction.to(device) for name, direction in self.directions.items()}
         return self
+
+
+Draw = Callable[[Generator, Tensor, "Mapping[str, Tensor] | None"], Tensor]
+"""How images [N, C, R, R] come from a generator, ws [N, num_ws or 1, w_dim] and noise maps by layer name."""
+
+
+def drawn(generator: Generator, ws: Tensor, noise: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The images of ws, with constant noise where there is no map."""
+    images: Tensor = generator.synthesis(ws, noise_mode="const", noise=noise)
+    return images
 
 
 @contextmanager
