@@ -33,6 +33,11 @@ def differentiating(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def through(y: Tensor, inputs: Any, dy: Tensor, **options: bool) -> tuple[Tensor, ...]:
+    """Gradients of a result with this one; of a scalar, as PyTorch imports sympy where it is given gradients."""
+    return torch.autograd.grad((y * dy).sum(), inputs, **options)
+
+
 def _bias_act(x: Tensor, b: Tensor | None, *options: Any) -> Tensor:
     return bias_act.bias_act(x, b, **dict(zip(OPTIONS, options, strict=True)))
 
@@ -41,7 +46,7 @@ def _bias_act(x: Tensor, b: Tensor | None, *options: Any) -> Tensor:
 def bias_act_backward(dy: Tensor, x: Tensor, b: Tensor | None, *options: Any) -> tuple[Tensor, Tensor | None]:
     *options, want_db = options  # type: ignore[assignment]
     x = x.detach().requires_grad_()
-    (dx,) = torch.autograd.grad(_bias_act(x, None if b is None else b.detach(), *options), x, dy)
+    (dx,) = through(_bias_act(x, None if b is None else b.detach(), *options), x, dy)
     if b is None or not want_db:
         return dx, None
     return dx, dx.movedim(options[0], 0).flatten(1).sum(1) if x.ndim > 1 else dx
@@ -51,8 +56,8 @@ def bias_act_backward(dy: Tensor, x: Tensor, b: Tensor | None, *options: Any) ->
 def bias_act_second(v: Tensor, dy: Tensor, x: Tensor, b: Tensor | None, *options: Any) -> Tensor:
     x = x.detach().requires_grad_()
     y = _bias_act(x, None if b is None else b.detach(), *options)
-    (dx,) = torch.autograd.grad(y, x, dy.detach(), create_graph=True)
-    return torch.autograd.grad(dx, x, v)[0]
+    (dx,) = through(y, x, dy.detach(), create_graph=True)
+    return through(dx, x, v)[0]
 
 
 def _upfirdn2d(x: Tensor, f: Tensor, up: Any, down: Any, padding: Any, flip_filter: bool, gain: float) -> Tensor:
@@ -99,9 +104,10 @@ def laplacian_backward(
         return (slopes + squares).to(x.dtype)
     image = torch.zeros_like(slopes, requires_grad=True)
     second = laplacian_pyramid.reduce(image)
-    parts = [second, laplacian_pyramid.expand(second, *image.shape[2:])]
-    (through,) = torch.autograd.grad(parts, image, [coarse.to(dloss.dtype) * dloss, -slopes])
-    return (slopes + through + squares).to(x.dtype)
+    back = coarse.to(dloss.dtype) * dloss
+    (beside,) = through(second, image, back, retain_graph=True)
+    (below,) = through(laplacian_pyramid.expand(second, *image.shape[2:]), image, -slopes)
+    return (slopes + beside + below + squares).to(x.dtype)
 
 
 def _convolution(
@@ -309,7 +315,7 @@ def modulate_backward(
     if styles is None:
         return dw.to(weight.dtype), None
     weight, styles = weight.detach().requires_grad_(), styles.detach().requires_grad_()
-    dweight, dstyles = torch.autograd.grad(modulate(weight, styles, *options), (weight, styles), dw)
+    dweight, dstyles = through(modulate(weight, styles, *options), (weight, styles), dw)
     return dweight, dstyles
 
 
@@ -340,7 +346,7 @@ def kept(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 @differentiating
 def stddev_backward(dy: Tensor, x: Tensor, *args: int) -> Tensor:
     leaf = x.detach().requires_grad_()
-    return as_result(torch.autograd.grad(minibatch_stddev.minibatch_stddev(leaf, *args), leaf, dy.detach())[0], x)
+    return as_result(through(minibatch_stddev.minibatch_stddev(leaf, *args), leaf, dy.detach())[0], x)
 
 
 def styles_backward(

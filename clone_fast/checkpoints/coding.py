@@ -49,8 +49,8 @@ def sensitivity(picture: Tensor, values: Mapping[str, Tensor], seed: int = 0) ->
     found: dict[str, Tensor] = {}
     for probe in range(PROBES):
         signs = torch.randint(2, picture.shape, generator=source).to(picture) * 2 - 1
-        gradients = torch.autograd.grad(
-            picture, list(values.values()), signs, retain_graph=probe < PROBES - 1, allow_unused=True
+        gradients = torch.autograd.grad(  # of a scalar: PyTorch imports sympy where it is given gradients
+            (picture * signs).sum(), list(values.values()), retain_graph=probe < PROBES - 1, allow_unused=True
         )
         for name, gradient in zip(values, gradients, strict=True):
             if gradient is not None:

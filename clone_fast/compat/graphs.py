@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from clone_fast.capture import CudaGraphs, graphs_of, rehearse
 from clone_fast.compat.replacement import Unserved, wanted
 from clone_fast.ops import is_fast
+from clone_fast.ops.registration import gradients_through
 
 __all__ = ["Recordings"]
 
@@ -155,7 +156,7 @@ def _gradients(
 ) -> list[Tensor | None]:
     """To each source, None where it wants none or has no part. again: they can be differentiated themselves."""
     asked = [t for t in sources if t.requires_grad]
-    found = iter(torch.autograd.grad(_ends(results), asked, slopes, create_graph=again, allow_unused=True))
+    found = iter(gradients_through(_ends(results), asked, slopes, create_graph=again))
     return [next(found) if t.requires_grad else None for t in sources]
 
 

@@ -108,7 +108,8 @@ def _outcome(function: Callable[..., Any], case: Case) -> list[Tensor] | str:
     if not isinstance(y, Tensor):
         return f"a {type(y).__name__}"
     direction = drawn(*y.shape, dtype=y.dtype, grad=False)
-    grads = torch.autograd.grad(y, list(case.differentiate), direction) if case.differentiate else ()
+    # of a scalar: PyTorch imports sympy where it is given gradients
+    grads = torch.autograd.grad((y * direction).sum(), list(case.differentiate)) if case.differentiate else ()
     return [y.detach(), *grads]
 
 

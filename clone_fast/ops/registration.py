@@ -70,6 +70,37 @@ def like(grad: Tensor | None, value: Tensor) -> Tensor:
     return grad if same else out.copy_(grad)
 
 
+class _Weighed(torch.autograd.Function):
+    """(gradients, *results): a scalar of no value, whose gradients to the results are these."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: Sequence[Tensor], *results: Tensor) -> Tensor:
+        ctx.grads = grads  # not as arguments: what they depend on is no part of what is differentiated
+        return results[0].new_empty([])
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.grads
+
+
+def gradients_through(
+    results: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    grads: Tensor | Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """What `torch.autograd.grad(results, inputs, grads, allow_unused=True)` returns, bit for bit.
+
+    That imports sympy where it is given gradients, to compare their shapes, and with it takes a second or more of every
+    process; of a scalar's it wants none. Each gradient must be of its result's shape.
+    """
+    some, theirs = ([x] if isinstance(x, Tensor) else list(x) for x in (results, grads))
+    with torch.enable_grad():
+        scalar = _Weighed.apply(theirs, *some)
+    return list(torch.autograd.grad(scalar, list(inputs), create_graph=create_graph, allow_unused=True))
+
+
 def composite_gradients(
     function: Callable[..., Any], args: Sequence[Any], wanted: Sequence[int], grads: Tensor | Sequence[Tensor]
 ) -> list[Tensor | None]:
@@ -85,10 +116,7 @@ def composite_gradients(
         for i in wanted:
             aliased[i] = args[i].view_as(args[i]) if args[i].requires_grad else args[i].detach().requires_grad_()
         y = function(*aliased)
-        found = torch.autograd.grad(
-            y, [aliased[i] for i in wanted], grads, create_graph=differentiable_again, allow_unused=True
-        )
-    return list(found)
+        return gradients_through(y, [aliased[i] for i in wanted], grads, create_graph=differentiable_again)
 
 
 @dataclass(frozen=True)
