@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from clone_fast.errors import BackendError
-from clone_fast.ops import compile_ahead
+from clone_fast.ops import compile_ahead, marks
 from clone_fast.ops.streams import ended, rejoin
 
 # Of each variant before its capture: kernels are compiled and loaded. Not more, since an eager call while there are
@@ -30,23 +30,47 @@ from clone_fast.ops.streams import ended, rejoin
 EAGER_CALLS = 1
 ROWS = 1024  # of a table, at most: longer runs draw the next rows when these are used up
 
-_rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
+_under_way: ContextVar[Rehearsal | None] = ContextVar("rehearsal", default=None)
 _rehearsed: set[Hashable] = set()
 _recorded: set[Hashable] = set()
 
 
+@dataclass
+class Rehearsal:
+    """One that is under way.
+
+    Attributes:
+        marks: of itself and of those within it that have ended; None for what has none.
+        whole: whether nothing was left out so far.
+    """
+
+    marks: list[str | None]
+    whole: bool = True
+
+
 def rehearsing() -> bool:
     """Whether this call of an iteration is to change nothing that lasts: see `Captured`."""
-    return _rehearsing.get()
+    return _under_way.get() is not None
 
 
 @contextmanager
-def _rehearsal() -> Iterator[None]:
-    token = _rehearsing.set(True)
+def _begun(rehearsal: Rehearsal) -> Iterator[None]:
+    token = _under_way.set(rehearsal)
     try:
         yield
     finally:
-        _rehearsing.reset(token)
+        _under_way.reset(token)
+
+
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """A part of a rehearsal that ends early where the memory is full: what it has launched is compiled all the same."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        rehearsal = _under_way.get()
+        if rehearsal is not None:
+            rehearsal.whole = False
 
 
 def alike(settings: Any) -> Any:
@@ -58,15 +82,22 @@ def rehearse(device: torch.device, kind: Hashable, run: Callable[[], None]) -> N
     """Before the first of a kind: have the kernels that `run` launches on this device compiled side by side.
 
     `run` is called, and what it computes is of no worth: the step of a `Descent`, `Table.advance` and what else asks
-    `rehearsing` do nothing. A rehearsal within another one is a part of it.
+    `rehearsing` do nothing. A rehearsal within another one is a part of it. Where a process has compiled all of a kind,
+    `run` is not called: see `clone_fast.ops.marks`.
     """
     if (device, kind) in _rehearsed:
         return
-    if rehearsing():
+    mark, outer = marks.name(device, kind), _under_way.get()
+    if outer is not None:
         run()
-    else:
-        with _rehearsal():
-            compile_ahead(run, device)
+        if outer.whole:
+            outer.marks.append(mark)
+    elif not marks.found(mark):
+        rehearsal = Rehearsal([mark])
+        with _begun(rehearsal):
+            compiled = compile_ahead(run, device)
+        if compiled and rehearsal.whole:
+            marks.leave(rehearsal.marks)
     _rehearsed.add((device, kind))
 
 

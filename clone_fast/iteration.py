@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable
 from functools import partial
 from typing import NamedTuple
 
@@ -84,7 +85,7 @@ class Tweak:
         self.board = Board(("loss", "psnr", "recon", "local", "global", "paired", "edit", "loss_d"), photo.device)
         self.names: dict[bool, tuple[str, ...]] = {}
         judge = None if self.adversary is None else self.adversary.discriminator.arch
-        kind = "tweak", generator.arch, judge, alike(s)
+        kind = "tweak", generator.arch, judge, alike(s), given(real_images, label, similarity)
         self.iterate = Captured(self._iterate, photo.device, kind, at_once=similarity is None)
         self.restart(latent, photo, seed=seed)
 
@@ -242,6 +243,12 @@ class Tweak:
         # both parts get a gradient: a split puts them together in one pass, slices in several
         images, edited = drawn.split([local + others, len(moved)]) if moved else (drawn, drawn[:0])
         return Drawn(images, before, c, edited, wanted, begun)
+
+
+def given(real_images: Tensor | None, label: Tensor | None, similarity: Similarity | None) -> Hashable:
+    """For a kind: what these arguments of a tweak change in the kernels that it launches. What a loss of one's own
+    launches nobody knows; with its class in it, a kind has no mark on disk (`clone_fast.ops.marks`)."""
+    return real_images is None, label is None, None if similarity is None else type(similarity)
 
 
 class Drawn(NamedTuple):

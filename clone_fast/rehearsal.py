@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clone_fast.capture import alike, rehearse
-from clone_fast.iteration import Tweak
+from clone_fast.capture import alike, rehearse, within_memory
+from clone_fast.iteration import Tweak, given
 from clone_fast.latent import Latent, LatentSettings, Search
 from clone_fast.nn import Discriminator, Generator, frozen
 from clone_fast.settings import TweakSettings
@@ -31,7 +30,7 @@ def rehearse_inversion(
 
     Args:
         generator, discriminator, photo, search, settings, start: what the stages get.
-        others: further arguments of `Tweak`.
+        others: further arguments of `Tweak`: real_images, label and similarity.
     """
     device = photo.device
 
@@ -39,16 +38,18 @@ def rehearse_inversion(
         ws = generator.mapping.w_avg.expand(1, generator.num_ws, -1)
         # what does not fit into the memory is told by the stage itself
         if search.steps:
-            with suppress(torch.OutOfMemoryError), frozen(generator):
+            with within_memory(), frozen(generator):
                 seek = Search(generator, photo, search, start=start, seed=0)
                 with seek.precision.active():
                     seek.iterate.rehearse()
-        with suppress(torch.OutOfMemoryError):
+        with within_memory():
             Tweak(generator, discriminator, Latent(ws.clone()), photo, settings, **others)  # rehearses by itself
-        with suppress(torch.OutOfMemoryError), torch.no_grad():
+        with within_memory(), torch.no_grad():
             for n in MEASURED:
                 images = generator.synthesis(ws.repeat(n, 1, 1))
                 if discriminator is not None:
                     discriminator.features(images, per_image=True)
 
-    rehearse(device, ("invert", generator.arch, alike(search), alike(settings)), run)
+    judge = None if discriminator is None else discriminator.arch
+    kind = "invert", generator.arch, judge, alike(search), start is None, alike(settings), given(**others)
+    rehearse(device, kind, run)

@@ -59,6 +59,18 @@ class Job(NamedTuple):
     done: str
 
 
+class Outcome(NamedTuple):
+    """Of compiling side by side.
+
+    Attributes:
+        kernels: how many were to be compiled.
+        failed: why a process failed, "" if none did.
+    """
+
+    kernels: int
+    failed: str
+
+
 class Compiling:
     """As much of a Triton driver as compilation asks for, where no GPU is to be touched.
 
@@ -79,8 +91,13 @@ class Compiling:
         return 0
 
 
-def compile_ahead(run: Callable[[], None]) -> int:
-    """Compile what `run` launches; how many kernels that were.
+def folder() -> Path:
+    """Where empty files tell what is compiled: within Triton's cache, so that they are gone when it is."""
+    return Path(knobs.cache.dir) / "clone_fast"
+
+
+def compile_ahead(run: Callable[[], None]) -> Outcome:
+    """Compile what `run` launches, unless that is less than FEW kernels.
 
     `run` is called once, and its kernels that are not compiled yet do nothing: what they should have written is
     undefined, so it must not keep what it computes. Where a process fails, a launch compiles as ever.
@@ -100,7 +117,7 @@ def compile_ahead(run: Callable[[], None]) -> int:
         began = time.perf_counter()
         wanted(run, note)
         if not started:
-            return 0
+            return Outcome(0, "")
         noted = time.perf_counter()
         failed = _finish(started[0], jobs[1:])
     if failed:
@@ -110,7 +127,7 @@ def compile_ahead(run: Callable[[], None]) -> int:
         "compiled %d kernels in %d processes: %.1f s, after %.1f s in which they were noted",
         len(jobs), min(processes, len(jobs)), ended - noted, noted - began,
     )  # fmt: skip
-    return len(jobs)
+    return Outcome(len(jobs), failed)
 
 
 def _start(first: Job, processes: int, stack: ExitStack) -> subprocess.Popen[str]:
@@ -146,7 +163,7 @@ def wanted(run: Callable[[], None], note: Callable[[Job], None]) -> None:
     called: set[Hashable] = set()
     linked = not isinstance(driver.active, Compiling)
     owner, before = threading.get_ident(), knobs.runtime.jit_cache_hook
-    folder = Path(knobs.cache.dir) / "clone_fast"
+    place = folder()
 
     def hook(**about: Any) -> bool:
         mine = threading.get_ident() == owner or threading.current_thread().name.startswith("Dummy-")  # autograd's
@@ -158,7 +175,7 @@ def wanted(run: Callable[[], None], note: Callable[[Job], None]) -> None:
         if digest not in found:
             found.add(digest)
             call = fn.module, fn.name, str(about["compile"]["signature"])
-            note(Job(fn.module, fn.name, data, linked and call not in called, str(folder / digest)))
+            note(Job(fn.module, fn.name, data, linked and call not in called, str(place / digest)))
             called.add(call)
         return True
 

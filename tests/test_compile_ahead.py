@@ -56,11 +56,11 @@ started, start = [], _ahead._start
 _ahead._start = lambda *arguments: started.append(None) or start(*arguments)
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
-    counts = [_ahead.compile_ahead(work), _ahead.compile_ahead(work)]
+    outcomes = [_ahead.compile_ahead(work), _ahead.compile_ahead(work)]
 work()
 told = [str(w.message) for w in told if "side by side" in str(w.message)]
 threads += len(os.listdir("/proc/self/task"))
-print(json.dumps({"counts": counts, "hits": hits, "told": told, "started": len(started), "threads": threads}))
+print(json.dumps({"outcomes": outcomes, "hits": hits, "told": told, "started": len(started), "threads": threads}))
 """
 
 # Jobs that compile nothing, of the kinds in the arguments, one after the other.
@@ -75,8 +75,9 @@ jobs = [_ahead.Job("stand_in", kind, str(i), False, f"{folder}/{i}.done") for i,
 _ahead.wanted = lambda run, note: [note(job) for job in jobs]
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
-    count = _ahead.compile_ahead(lambda: None)
-print(json.dumps({"count": count, "told": [str(w.message) for w in told if "side by side" in str(w.message)]}))
+    count, failed = _ahead.compile_ahead(lambda: None)
+told = [str(w.message) for w in told if "side by side" in str(w.message)]
+print(json.dumps({"count": count, "failed": failed, "told": told}))
 """
 STAND_IN = """
 import os, signal, time
@@ -151,7 +152,7 @@ def runs(process: int) -> bool:
 
 def test_launches_find_what_processes_have_compiled(tmp_path: Path) -> None:
     found = in_a_process(tmp_path)
-    assert found["counts"] == [3, 0]
+    assert found["outcomes"] == [[3, ""], [0, ""]]
     assert found["hits"] == [["elementwise_kernel", True]] * 3
     assert found["started"] == 1  # and none the second time
     assert not found["told"]
@@ -159,14 +160,15 @@ def test_launches_find_what_processes_have_compiled(tmp_path: Path) -> None:
 
 def test_few_are_compiled_when_they_are_launched(tmp_path: Path) -> None:
     found = in_a_process(tmp_path, "few")
-    assert (found["counts"], found["started"]) == ([0, 0], 0)
+    assert (found["outcomes"], found["started"]) == ([[0, ""], [0, ""]], 0)
     assert found["hits"] == [["elementwise_kernel", False]] * 3
     assert found["threads"] == 0  # that compiling has left behind: a process that has compiled may fork
 
 
 def test_what_no_process_could_compile_is_compiled_when_it_is_launched(tmp_path: Path) -> None:
     found = in_a_process(tmp_path, "broken")
-    assert found["counts"] == [3, 3]
+    assert [kernels for kernels, _ in found["outcomes"]] == [3, 3]
+    assert all(failed.startswith("AttributeError") for _, failed in found["outcomes"])
     assert found["hits"] == [["elementwise_kernel", False]] * 3
     assert all("a process failed (AttributeError" in str(text) for text in found["told"])
     assert len(found["told"]) == 2
@@ -178,7 +180,7 @@ def test_what_is_called_alike_shares_a_launcher(tmp_path: Path) -> None:
 
 def test_each_job_is_done_once_by_who_is_ready(tmp_path: Path) -> None:
     found = ended(play(tmp_path, "quick", "long", *["quick"] * 8))
-    assert found == {"count": 10, "told": []}
+    assert found == {"count": 10, "failed": "", "told": []}
     said = heard(tmp_path)
     assert sorted(number for number, *_ in said) == list(range(10))
     assert {threads for *_, threads in said} == {1}  # the first one's process is that which forks
@@ -193,6 +195,7 @@ def test_each_job_is_done_once_by_who_is_ready(tmp_path: Path) -> None:
 def test_a_process_that_is_killed_takes_only_its_job_along(tmp_path: Path) -> None:
     found = ended(play(tmp_path, *["quick"] * 3, "deadly", *["quick"] * 6))
     assert found["told"] == ["compiling kernels side by side: a process failed (ended by signal 9)"]
+    assert found["failed"] == "ended by signal 9"
     assert {path.stem for path in tmp_path.glob("*.done")} == set("012456789")
 
 

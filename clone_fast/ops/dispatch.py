@@ -271,17 +271,26 @@ def is_whole(op: str, backend: str, *args: Any) -> bool:
     return not isinstance(found, str) and found.why_not("", args) is None
 
 
-def compile_ahead(run: Callable[[], None], device: torch.device) -> int:
+def compiles(device: torch.device) -> bool:
+    """Whether ops on this device may launch kernels that are compiled when they are first wanted."""
+    return device.type == "cuda" and _configured() != "reference" and not isinstance(leaf(OPS[0], "triton"), str)
+
+
+def compile_ahead(run: Callable[[], None], device: torch.device) -> bool:
     """Compile side by side the kernels that `run` launches on this device, by a call that computes nothing of use.
 
-    Returns how many there were; see `clone_fast.kernels._ahead`. On other devices, and without Triton's leaves, `run`
-    is not called.
+    Returns whether there is nothing left to be compiled that way; see `clone_fast.kernels._ahead`. Where nothing
+    `compiles`, `run` is not called.
     """
-    if device.type != "cuda" or _configured() == "reference" or isinstance(leaf(OPS[0], "triton"), str):
-        return 0
-    ahead = importlib.import_module("clone_fast.kernels._ahead")
-    count: int = ahead.compile_ahead(run)
-    return count
+    if not compiles(device):
+        return False
+    return not importlib.import_module("clone_fast.kernels._ahead").compile_ahead(run).failed
+
+
+def installed() -> tuple[str, ...]:
+    """What decides, besides its arguments, which leaf runs an op: the backend asked for, and what leaves there are."""
+    reasons = (leaf(op, name) for op in OPS for name in PREFERENCE)
+    return _configured(), *(reason if isinstance(reason, str) else "" for reason in reasons)
 
 
 def _report_fallback(message: str) -> None:
