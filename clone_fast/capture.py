@@ -8,6 +8,7 @@ same function runs eagerly on a CPU, where a capture is impossible, and with CLO
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections import Counter
@@ -16,7 +17,9 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import ismethod
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -136,6 +139,8 @@ class CudaGraphs:
         generator = torch.cuda.default_generators[current.device_index]
         numbers = generator.clone_state()
         graph = torch.cuda.CUDAGraph()
+        collected = gc.isenabled()
+        gc.disable()  # a graph that is found to be garbage now, and destroyed, would spoil this capture
         try:
             # thread_local: what other threads of the program ask of CUDA meanwhile does not spoil the capture
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
@@ -154,6 +159,8 @@ class CudaGraphs:
                 torch._C._cuda_releasePool(current.device_index, self.pool)
             raise
         finally:
+            if collected:
+                gc.enable()
             ended()
         return graph.replay
 
@@ -187,13 +194,15 @@ class Captured:
     def __init__(
         self, function: Callable[..., None], device: torch.device, kind: Hashable, *, at_once: bool = False
     ) -> None:
-        self.function, self.device, self.kind, self.at_once = function, device, kind, at_once
+        # A method is not held: its object holds this one, and what holds itself gives its memory back who knows when.
+        self.function = WeakMethod(function) if ismethod(function) else lambda: function
+        self.device, self.kind, self.at_once = device, kind, at_once
         self.graphs = graphs_of(device)
         self.calls: Counter[tuple[Hashable, ...]] = Counter()
         self.replays: dict[tuple[Hashable, ...], Callable[[], None]] = {}
 
     def __call__(self, *variant: Hashable) -> None:
-        run = partial(self.function, *variant)
+        run = partial(self._run, *variant)
         if not self.calls[variant]:
             self.rehearse(*variant)
         ready = self.calls[variant] >= EAGER_CALLS or (self.at_once and self._known(variant) in _recorded)
@@ -207,8 +216,14 @@ class Captured:
 
     def rehearse(self, *variant: Hashable) -> None:
         """What comes before the first call of a variant, for those who know it earlier."""
-        run = partial(self.function, *variant)
+        run = partial(self._run, *variant)
         rehearse(self.device, (self.kind, variant), partial(self._eagerly, run))
+
+    def _run(self, *variant: Hashable) -> None:
+        function = self.function()
+        if function is None:
+            raise ReferenceError("what this is an iteration of is gone")
+        function(*variant)
 
     def _known(self, variant: tuple[Hashable, ...]) -> Hashable:
         return self.device, self.kind, variant

@@ -141,7 +141,7 @@ def invert(
         target = load_photo(photo, generator.img_resolution, resize=resize, crop=crop).to(where)
         start = None if latent is None else Latent.of(latent, generator)
         given: dict[str, Any] = {"real_images": others, "label": labels, "similarity": similarity}
-        rehearse_inversion(generator, judge, target, search, settings, start=start, **given)
+        rehearse_inversion(generator, judge, target, search, settings, opened.stills, start=start, **given)
         _let_go(opened.searches, lambda work: work.serves(search, start))
         _let_go(opened.tweaks, lambda work: work.serves(settings, **given))
     draw = opened.stills.draw
@@ -215,25 +215,25 @@ def measure(
         "psnr", "ssim", "ms_ssim" of the clone, "latent_psnr", "latent_ssim" of the latent alone; "drift_psnr",
         "drift_ssim" and with a discriminator "drift_frechet"; "editability". See `clone_fast.metrics`.
     """
-    result: dict[str, float | None] = {
+    others: dict[str, float | None] = {}
+    before, after, found = inversion.original, inversion.generator, inversion.found
+    if before is not None and found is not None:
+        stills = stills or Stills(before, inversion.original_discriminator)
+        features = None if inversion.original_discriminator is None else stills.features
+        others |= yield from metrics.drift.steps(before, after, n=drift_samples, features=features, draw=stills.draw)
+        chosen = dict(list(inversion.directions.items())[:8])
+        noise: dict[str, Any] = {"noise": inversion.latent.noise, "noise_before": found.noise}
+        others["editability"] = yield from metrics.editability.steps(
+            before, after, found.ws, chosen, **noise, draw=stills.draw
+        )
+    fidelity = {  # last, since it is read at once
         "psnr": metrics.psnr(inversion.image, inversion.photo),
         "ssim": metrics.ssim(inversion.image, inversion.photo),
         "ms_ssim": metrics.ms_ssim(inversion.image, inversion.photo),
         "latent_psnr": metrics.psnr(inversion.latent_only, inversion.photo),
         "latent_ssim": metrics.ssim(inversion.latent_only, inversion.photo),
     }
-    before, after, found = inversion.original, inversion.generator, inversion.found
-    if before is None or found is None:
-        return result
-    stills = stills or Stills(before, inversion.original_discriminator)
-    features = None if inversion.original_discriminator is None else stills.features
-    result |= yield from metrics.drift.steps(before, after, n=drift_samples, features=features, draw=stills.draw)
-    chosen = dict(list(inversion.directions.items())[:8])
-    noise: dict[str, Any] = {"noise": inversion.latent.noise, "noise_before": found.noise}
-    result["editability"] = yield from metrics.editability.steps(
-        before, after, found.ws, chosen, **noise, draw=stills.draw
-    )
-    return result
+    return fidelity | others
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:

@@ -49,7 +49,7 @@ class Tweak:
     ) -> None:
         s = settled(settings, photo.device)
         self.settings, self.label, self.photo = s, label, torch.empty_like(photo)
-        self.given = real_images, similarity
+        self.others = real_images, similarity
         self.latent = Latent(torch.empty_like(latent.ws), {k: torch.empty_like(v) for k, v in latent.noise.items()})
         self.reconstruction = Reconstruction(self.photo, similarity=similarity, weight=s.reconstruction_weight)
         self.original, self.precision = generator, Precision.named(s.precision)
@@ -70,7 +70,7 @@ class Tweak:
         self.adversary: Adversary | None = None
         if s.adversarial:
             self.adversary = Adversary(usable(discriminator, generator, s, label, real_images), s)
-        self.offset = torch.empty_like(photo)  # what the original lacks: the same after any edit
+        self.offset = torch.empty_like(photo)  # what the original lacks: the same after any edit, which reads it alone
         self.pool = real_images if self.adversary is not None else None
         self.real = photo.new_empty([0 if self.pool is None else s.batch, *photo.shape[1:]])
         wanted = Wanted(
@@ -108,9 +108,10 @@ class Tweak:
         self.draws.restart(seed)
         rehearse(photo.device, self.iterate.kind, self._rehearse)  # now, before any network is run
         self.board.clear()
-        with self.precision.active():
-            drawn = _synthesise(self.original, [latent.ws], [], [], latent.noise, self.settings)
-            torch.sub(photo, drawn, out=self.offset)
+        if self.settings.edits:
+            with self.precision.active():
+                drawn = _synthesise(self.original, [latent.ws], [], [], latent.noise, self.settings)
+                torch.sub(photo, drawn, out=self.offset)
 
     def serves(
         self,
@@ -121,9 +122,9 @@ class Tweak:
         similarity: Similarity | None = None,
     ) -> bool:
         """Whether `restart` can take a photo that is tweaked with these."""
-        given, labelled = self.given, self.label is not None
-        same = given[0] is real_images and given[1] is similarity and labelled is (label is not None)
-        same = same and self.settings == settled(settings, self.photo.device)
+        if self.settings != settled(settings, self.photo.device) or (self.label is None) != (label is None):
+            return False
+        same = self.others[0] is real_images and self.others[1] is similarity
         return same and (self.label is None or label is None or torch.equal(self.label, label))
 
     def moved(self) -> list[Tensor]:

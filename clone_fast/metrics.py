@@ -7,6 +7,7 @@ their input.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytorch_msssim
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.functional import pad
 
 from clone_fast.nn import Draw, drawn
 from clone_fast.stepwise import Pause, Steps, stepwise
@@ -70,7 +71,8 @@ def ms_ssim(image: Tensor, target: Tensor) -> float | None:
     if min(image.shape[-2:]) < MS_SSIM_MIN_SIDE:
         return None
     with _full_precision():
-        return _mean(pytorch_msssim.ms_ssim(image, target, data_range=2.0, size_average=False))
+        window = _window(image.shape[1], image.device)
+        return _mean(pytorch_msssim.ms_ssim(image, target, data_range=2.0, win=window, size_average=False))
 
 
 @stepwise
@@ -240,9 +242,19 @@ def _psnr(image: Tensor, target: Tensor) -> Tensor:
 
 def _ssim(image: Tensor, target: Tensor) -> Tensor:
     """[N] values."""
-    reflected = [functional.pad(one, [_WINDOW // 2] * 4, mode="reflect") for one in _pair(image, target)]
+    reflected = [pad(one, [_WINDOW // 2] * 4, mode="reflect") for one in _pair(image, target)]
+    window = _window(image.shape[1], image.device)
     with _full_precision():
-        return pytorch_msssim.ssim(*reflected, data_range=2.0, win_size=_WINDOW, size_average=False)
+        return pytorch_msssim.ssim(*reflected, data_range=2.0, win=window, size_average=False)
+
+
+@functools.cache
+def _window(channels: int, device: torch.device) -> Tensor:
+    """[channels, 1, 1, 11], SSIM's Gaussian of sigma 1.5. It goes to the device once: every copy from the host would
+    wait for what was launched there."""
+    away = torch.arange(_WINDOW, dtype=torch.float32) - _WINDOW // 2
+    weights = torch.exp(-away.square() / (2 * 1.5**2))
+    return (weights / weights.sum()).repeat(channels, 1, 1, 1).to(device)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from clone_fast.capture import alike, rehearse, within_memory
@@ -12,6 +11,7 @@ from clone_fast.iteration import Tweak, given
 from clone_fast.latent import Latent, LatentSettings, Search
 from clone_fast.nn import Discriminator, Generator, frozen
 from clone_fast.settings import TweakSettings
+from clone_fast.stills import Stills
 
 MEASURED = (1, 8)  # images that the metrics draw at once
 
@@ -22,6 +22,7 @@ def rehearse_inversion(
     photo: Tensor,
     search: LatentSettings,
     settings: TweakSettings,
+    stills: Stills,
     *,
     start: Latent | None,
     **others: Any,
@@ -29,7 +30,7 @@ def rehearse_inversion(
     """Once for a network and settings: one start of the compilers for search, tweak and metrics, not one for each.
 
     Args:
-        generator, discriminator, photo, search, settings, start: what the stages get.
+        generator, discriminator, photo, search, settings, stills, start: what the stages get.
         others: further arguments of `Tweak`: real_images, label and similarity.
     """
     device = photo.device
@@ -39,16 +40,17 @@ def rehearse_inversion(
         # what does not fit into the memory is told by the stage itself
         if search.steps:
             with within_memory(), frozen(generator):
-                seek = Search(generator, photo, search, start=start, seed=0)
+                seek = Search(generator, photo, search, start=start, seed=0, draw=stills.draw)
                 with seek.precision.active():
                     seek.iterate.rehearse()
         with within_memory():
             Tweak(generator, discriminator, Latent(ws.clone()), photo, settings, **others)  # rehearses by itself
-        with within_memory(), torch.no_grad():
+        with within_memory():
             for n in MEASURED:
-                images = generator.synthesis(ws.repeat(n, 1, 1))
+                images = stills.draw(generator, ws.repeat(n, 1, 1))
+                stills.draw(generator, ws.repeat(n, 1, 1), generator.synthesis.noise_consts())  # as of a copy
                 if discriminator is not None:
-                    discriminator.features(images, per_image=True)
+                    stills.features(images)
 
     judge = None if discriminator is None else discriminator.arch
     kind = "invert", generator.arch, judge, alike(search), start is None, alike(settings), given(**others)

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from clone_fast.capture import Captured
+from clone_fast.capture import Captured, rehearsing
 from clone_fast.nn import Discriminator, Generator, SynthesisNetwork
 
 
@@ -78,12 +78,13 @@ class Stills:
             if variant not in self.inputs:
                 self.inputs[variant] = torch.empty_like(given, memory_format=torch.contiguous_format)
             self.inputs[variant].copy_(given)
+            launch = self.captured.rehearse if rehearsing() else self.captured
             try:
-                self.captured(*variant)
+                launch(*variant)
             except torch.OutOfMemoryError:
                 self.results.clear()
                 self.captured.release()
-                self.captured(*variant)  # without the memory of the graphs
+                launch(*variant)  # without the memory of the graphs
         if current is None or self.stream is None:
             return self.results[variant].clone()
         current.wait_stream(self.stream)

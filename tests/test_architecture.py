@@ -77,7 +77,7 @@ HOUSE = (
     Layer("adversary", imports="ops losses known players nn descent settings"),
     Layer("iteration", imports="ops losses known nn progress settings capture descent draws latent adversary"),
     Layer("tweak", imports="iteration adversary losses nn progress settings memory latent stepwise"),
-    Layer("rehearsal", imports="nn settings capture latent iteration"),
+    Layer("rehearsal", imports="nn settings capture stills latent iteration"),
     Layer("edit", imports="nn checkpoints files", packages="torch numpy safetensors"),
     Layer("demo", imports="nn ops losses checkpoints photo metrics files", packages=ANY),
     Layer(

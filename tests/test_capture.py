@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -275,6 +276,24 @@ def test_a_captured_search_on_a_gpu_is_the_eager_one(monkeypatch: pytest.MonkeyP
         rows.append(torch.tensor([row["loss"] for row in found.rows]))
     torch.testing.assert_close(rows[0], rows[2], rtol=1e-2, atol=0)
     torch.testing.assert_close(rows[1], rows[2], rtol=1e-2, atol=0)
+
+
+@pytest.mark.gpu
+def test_garbage_waits_for_the_end_of_a_capture() -> None:
+    """A graph that is destroyed then breaks the capture off, and one that refers to itself is destroyed whenever."""
+    device, x, seen = torch.device("cuda", torch.cuda.current_device()), torch.zeros(8, device="cuda"), []
+    graphs = capture.CudaGraphs(device)
+
+    def run() -> None:
+        seen.append(gc.isenabled())
+        x.add_(1)
+
+    graphs.aside(run)
+    replay = graphs.record(run)
+    assert seen == [True, False]
+    assert gc.isenabled()
+    replay()
+    assert x.tolist() == [2.0] * 8
 
 
 @pytest.mark.gpu

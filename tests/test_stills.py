@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,9 +18,10 @@ from torch import Tensor
 from clone_fast import capture, invert, metrics, open_network
 from clone_fast.errors import SettingsError
 from clone_fast.invert import Opened
-from clone_fast.latent import LatentSettings
+from clone_fast.latent import LatentSettings, Search
 from clone_fast.nn import Generator, Network, drawn
 from clone_fast.stills import Stills
+from clone_fast.tweak import Tweak
 
 PHOTOS = [tiny.photo(seed=i) for i in range(3)]
 QUICK: dict[str, Any] = {"latent_settings": LatentSettings(steps=2, start_samples=8, check_every=1), "device": "cpu"}
@@ -113,6 +115,24 @@ def test_on_a_gpu_streams_take_turns() -> None:
             check(stills, *others, lambda one, other: torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4))
     torch.cuda.synchronize()
     assert len(stills.captured.replays) == 6
+
+
+def test_what_holds_graphs_goes_when_nobody_holds_it() -> None:
+    """At once, and not when garbage is looked for: it is most of a GPU's memory."""
+    net, photo = tiny.network(), tiny.photo()
+    stills = Stills(net.generator, net.discriminator)
+    search = Search(net.generator, photo, LatentSettings(steps=2), start=None, seed=0, draw=stills.draw)
+    work = Tweak(net.generator, net.discriminator, tiny.latent(net), photo, tiny.settings())
+    for _ in range(2):
+        search.step()
+        work.step()
+    known = [weakref.ref(one) for one in (stills, search, work, work.generator)]
+    gc.disable()
+    try:
+        del stills, search, work
+        assert [one() for one in known] == [None] * 4
+    finally:
+        gc.enable()
 
 
 # ---- one photo after another -----------------------------------------------------------------------------------------
