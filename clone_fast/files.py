@@ -7,14 +7,40 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from clone_fast.errors import OutputError
 
 _ASIDE = re.compile(r"\.[0-9a-f]{16}\.part")
+
+
+Start = Callable[..., None]
+"""start(write, *arguments): `write` is called with them by a thread, and the caller goes on."""
+
+
+@contextmanager
+def side_by_side() -> Iterator[Start]:
+    """Files that are written at the same time, and while the block goes on: encoding, copying and fsync leave the GIL.
+
+    All that was started is over when the block is, however that ends. What the block raises is raised; or else the
+    first error of those that were started, in this order.
+    """
+    started: list[Future[Any]] = []
+    threads = ThreadPoolExecutor()
+
+    def start(write: Callable[..., object], *arguments: Any) -> None:
+        started.append(threads.submit(write, *arguments))
+
+    try:
+        yield start
+        for each in started:
+            each.result()
+    finally:
+        threads.shutdown()  # waits, after Ctrl-C too: nobody writes into a folder that is being removed
 
 
 def _aside(folder: Path) -> Path:

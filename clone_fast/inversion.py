@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from clone_fast.checkpoints import (
 )
 from clone_fast.edit import apply, resolve_direction
 from clone_fast.errors import CheckpointError, OutputError, PhotoError, SettingsError
-from clone_fast.files import write_aside
+from clone_fast.files import Start, side_by_side, write_aside
 from clone_fast.latent import Latent
 from clone_fast.nn import Discriminator, Generator, Network
 from clone_fast.photo import load_photo, save_png, to_uint8
@@ -115,6 +117,14 @@ class Inversion:
             OutputError, CheckpointError: the folder or a file in it cannot be written.
             SettingsError: `networks` is unknown, or "delta" with no `original` at hand.
         """
+        with self.saving(folder, networks=networks):
+            pass
+
+    @contextmanager
+    def saving(self, folder: StrPath, *, networks: str = "both") -> Iterator[Start]:
+        """`save` at the same time as the block, which may start more files: metrics.json waits for them too, and is not
+        written if the block or a file fails. See `clone_fast.files.side_by_side`.
+        """
         if networks not in NETWORKS:
             raise SettingsError(f"networks must be one of {', '.join(NETWORKS)}, got {networks!r}")
         if networks == "delta" and self.original is None:
@@ -124,23 +134,11 @@ class Inversion:
             raise OutputError(f"{out}: cannot be a folder, since it is a file")
         for name in {name for names in _OF_NETWORKS.values() for name in names}.difference(_OF_NETWORKS[networks]):
             (out / name).unlink(missing_ok=True)  # that of an earlier save would not fit the rest
-        name = str(self.settings.get("network", ""))
-        if networks in ("both", "generator"):
-            discriminator = self.discriminator if networks == "both" else None
-            metadata = {"kind": "inversion", "network": name}
-            network = Network(self.generator, discriminator, metadata, self.directions)
-            save_network(network, out / "generator.safetensors")
-        if networks == "delta" and self.original is not None:
-            clone = Clone(self.generator, self.latent.ws, self.latent.noise, self.directions)
-            save_clone(out / "clone.safetensors", clone, self.original, self.photo, network=name)
-            save_png(out / "photo.png", self.photo)
-        else:
-            tensors = {"ws": self.latent.ws.cpu().contiguous(), "photo": torch.from_numpy(to_uint8(self.photo))}
-            tensors |= {f"noise.{name}": value.cpu().contiguous() for name, value in self.latent.noise.items()}
-            with write_aside(out / "latent.safetensors") as file:
-                file.write(safetensors.torch.save(tensors))
-        save_png(out / "clone.png", self.image)
-        save_png(out / "latent_only.png", self.latent_only)
+        if self.image.is_cuda:  # threads have streams of their own
+            torch.cuda.current_stream(self.image.device).synchronize()
+        with side_by_side() as start:
+            self._start(start, out, networks)
+            yield start
         measured = {name: value for name, value in self.metrics.items() if value is not None and math.isfinite(value)}
         content = {
             **dict.fromkeys(self.metrics),
@@ -152,6 +150,30 @@ class Inversion:
         }
         with write_aside(out / "metrics.json") as file:
             file.write((json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n").encode())
+
+    def _start(self, start: Start, out: Path, networks: str) -> None:
+        """All files but metrics.json."""
+        name = str(self.settings.get("network", ""))
+        if networks in ("both", "generator"):
+            discriminator = self.discriminator if networks == "both" else None
+            metadata = {"kind": "inversion", "network": name}
+            network = Network(self.generator, discriminator, metadata, self.directions)
+            start(save_network, network, out / "generator.safetensors")
+        if networks != "delta":
+            start(self._save_latent, out / "latent.safetensors")
+        start(save_png, out / "clone.png", self.image)
+        start(save_png, out / "latent_only.png", self.latent_only)
+        if networks == "delta" and self.original is not None:
+            start(save_png, out / "photo.png", self.photo)
+            clone = Clone(self.generator, self.latent.ws, self.latent.noise, self.directions)
+            save_clone(out / "clone.safetensors", clone, self.original, self.photo, network=name)  # draws: not aside
+
+    def _save_latent(self, path: Path) -> None:
+        """With the photo, in 8 bits."""
+        tensors = {"ws": self.latent.ws.cpu().contiguous(), "photo": torch.from_numpy(to_uint8(self.photo))}
+        tensors |= {f"noise.{name}": value.cpu().contiguous() for name, value in self.latent.noise.items()}
+        with write_aside(path) as file:
+            file.write(safetensors.torch.save(tensors))
 
     @classmethod
     def load(

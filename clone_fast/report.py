@@ -38,25 +38,40 @@ _MARGIN, _GAP, _COLUMNS = 48, 20, 5
 
 def save_result(inversion: Inversion, folder: str | os.PathLike[str], *, networks: str = "both") -> None:
     """Everything that there is to keep of an inversion, in a folder: what `Inversion.save` writes, report.png and
-    curve.png.
+    curve.png; metrics.json last.
 
     Raises:
         OutputError, CheckpointError, SettingsError: see `Inversion.save`.
     """
-    inversion.save(folder, networks=networks)
-    save_report(inversion, Path(folder) / "report.png")
-    save_curve(inversion.history, Path(folder) / "curve.png")
+    with inversion.saving(folder, networks=networks) as start:  # both are drawn here: matplotlib is for one thread
+        start(save_png, Path(folder) / "report.png", draw_report(inversion))
+        start(save_png, Path(folder) / "curve.png", draw_curve(inversion.history))
 
 
 def save_report(inversion: Inversion, path: str | os.PathLike[str], strength: float = 2.0) -> None:
-    """Draw the report of an inversion as PNG, about 1600 pixels wide.
+    """Write what `draw_report` draws as PNG.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    save_png(path, draw_report(inversion, strength))
+
+
+def save_curve(history: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> None:
+    """Write what `draw_curve` draws as PNG.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    save_png(path, draw_curve(history))
+
+
+def draw_report(inversion: Inversion, strength: float = 2.0) -> Image.Image:
+    """The report of an inversion, about 1600 pixels wide.
 
     First row: photo, latent-only inversion, clone, and the errors of these two, `GAIN` times. Second row:
     edits of the clone by up to five directions at `strength` standard deviations: the named ones of the
     network, or else the first principal components of W. Last steps, seconds, drift and editability.
-
-    Raises:
-        OutputError: the file cannot be written.
     """
     resolution = inversion.photo.shape[-1]
     side = _panel_side(resolution)
@@ -93,18 +108,14 @@ def save_report(inversion: Inversion, path: str | os.PathLike[str], strength: fl
 
     for i, line in enumerate(_footer(inversion)):
         page.text(_MARGIN, page.height - 58 + 24 * i, line, 14, GREY)
-    save_png(path, _pixels(page.figure))
+    return _pixels(page.figure)
 
 
-def save_curve(history: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> None:
-    """Draw PSNR and loss over the steps as PNG, one column for each stage: their losses are different
-    quantities.
+def draw_curve(history: Sequence[Mapping[str, float]]) -> Image.Image:
+    """PSNR and loss over the steps, one column for each stage: their losses are different quantities.
 
     Args:
         history: rows with "stage" (0 latent, 1 tweak), "step" within it, "loss", "psnr"; may be empty.
-
-    Raises:
-        OutputError: the file cannot be written.
     """
     figure = Figure(figsize=(12, 6.2), dpi=_DPI, facecolor="white")
     figure.text(0.075, 0.935, "How the clone was found", fontsize=17, weight="bold", color=INK)
@@ -131,7 +142,7 @@ def save_curve(history: Sequence[Mapping[str, float]], path: str | os.PathLike[s
     if not stages:
         figure.text(0.075, 0.85, "No steps were taken.", fontsize=12, color=GREY)
     figure.align_ylabels()
-    save_png(path, _pixels(figure))
+    return _pixels(figure)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from clone_fast.errors import OutputError
-from clone_fast.files import remove_leftovers, write_aside, write_folder_aside
+from clone_fast.files import remove_leftovers, side_by_side, write_aside, write_folder_aside
 
 
 def names(folder: Path) -> set[str]:
@@ -61,3 +64,76 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".fedcba9876543210.part").write_text("")
     remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {".mine.part", "0123456789abcdef.part", ".git"}
+
+
+# ---- side by side ----------------------------------------------------------------------------------------------------
+
+
+def slowly(path: Path) -> None:
+    time.sleep(0.2)
+    with write_aside(path) as file:  # makes the folder anew if that is gone
+        file.write(b"1")
+
+
+def test_files_are_written_while_the_block_goes_on(tmp_path: Path) -> None:
+    together = threading.Barrier(3, timeout=10)  # two of them and the block: broken if one waits for another
+    with side_by_side() as start:
+        start(together.wait)
+        start(together.wait)
+        together.wait()
+        start(slowly, tmp_path / "a")
+    assert names(tmp_path) == {"a"}
+
+
+def test_the_first_error_of_those_started_is_raised() -> None:
+    other = threading.Event()
+
+    def fail_late() -> None:
+        other.wait(10)
+        raise OutputError("started first")
+
+    def fail_at_once() -> None:
+        other.set()
+        raise OutputError("failed first")
+
+    def write() -> None:
+        with side_by_side() as start:
+            start(fail_late)
+            start(fail_at_once)
+
+    with pytest.raises(OutputError, match="started first"):
+        write()
+
+
+def test_ctrl_c_waits_for_what_is_being_written(tmp_path: Path) -> None:
+    block_is_over = threading.Event()
+
+    def interrupted(path: Path) -> None:
+        block_is_over.wait(10)
+        _thread.interrupt_main()
+        slowly(path)
+
+    def write() -> None:
+        with write_folder_aside(tmp_path / "result", within=tmp_path) as folder, side_by_side() as start:
+            start(interrupted, folder / "a")
+            block_is_over.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert names(tmp_path) == set()
+    time.sleep(0.4)
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_nobody_writes_once_the_block_has_raised(tmp_path: Path, error: type[BaseException]) -> None:
+    def write() -> None:
+        with write_folder_aside(tmp_path / "result", within=tmp_path) as folder, side_by_side() as start:
+            start(slowly, folder / "a")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert names(tmp_path) == set()
+    time.sleep(0.4)
+    assert names(tmp_path) == set()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import tiny
@@ -15,10 +18,12 @@ from PIL import Image
 from tiny import one_thread  # noqa: F401 (a fixture)
 from torch import Tensor
 
+from clone_fast import inversion
 from clone_fast.checkpoints import load_network
 from clone_fast.errors import CheckpointError, OutputError, SettingsError
 from clone_fast.inversion import Inversion
 from clone_fast.latent import Latent
+from clone_fast.photo import to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +107,10 @@ def test_what_is_saved_is_loaded(done: Inversion, folder: Path) -> None:
     assert loaded.settings == done.settings
     assert loaded.original is None
     assert torch.equal(loaded.edit("pca1", 2.0), done.edit("pca1", 2.0))
-    with Image.open(folder / "clone.png") as picture:
-        assert (picture.size, picture.mode) == ((16, 16), "RGB")
+    for name, want in (("clone", done.image), ("latent_only", done.latent_only)):
+        with Image.open(folder / f"{name}.png") as picture:
+            assert (picture.size, picture.mode) == ((16, 16), "RGB")
+            np.testing.assert_array_equal(np.asarray(picture), to_uint8(want))
 
 
 def test_noise_maps_are_saved_with_the_latent(tmp_path: Path) -> None:
@@ -120,6 +127,55 @@ def test_a_second_save_takes_the_place_of_the_first(folder: Path) -> None:
     other.save(folder)
     assert torch.equal(Inversion.load(folder).image, other.image)
     assert len(list(folder.iterdir())) == 5
+
+
+@pytest.mark.parametrize("slow", ["save_network", "save_png", "write_aside"])
+def test_the_numbers_come_last(done: Inversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+    """Who finds metrics.json finds all, however long another file takes."""
+    late: list[bool] = []
+    write = getattr(inversion, slow)
+
+    def slowly(*arguments: Any) -> Any:
+        if not str(arguments[0]).endswith("metrics.json"):
+            time.sleep(0.3)
+            late.append((tmp_path / "metrics.json").exists())
+        return write(*arguments)
+
+    monkeypatch.setattr(inversion, slow, slowly)
+    done.save(tmp_path)
+    assert late
+    assert not any(late)
+    assert (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["generator.safetensors", "latent.safetensors", "clone.png", "latent_only.png", "metrics.json"]
+)
+def test_a_file_that_cannot_be_written_is_told(done: Inversion, tmp_path: Path, name: str) -> None:
+    (tmp_path / name / "in the way").mkdir(parents=True)
+    with pytest.raises(OutputError, match=f"{name}: a directory"):
+        done.save(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {"generator.safetensors", "latent.safetensors", "clone.png", "latent_only.png", name}
+
+
+def test_a_disk_that_is_full_leaves_no_part(done: Inversion, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"generator\.safetensors: cannot be written \(File too large\)"):
+            done.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {"clone.png", "latent_only.png", "latent.safetensors"}  # the small ones
+
+
+def test_a_block_beside_it_can_fail(done: Inversion, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="beside"), done.saving(tmp_path):
+        raise RuntimeError("beside")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"generator.safetensors", "latent.safetensors", "clone.png", "latent_only.png"}
 
 
 def test_less_can_be_kept_of_the_networks(done: Inversion, folder: Path) -> None:

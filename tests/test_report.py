@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,33 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
         report.save_curve(HISTORY, tmp_path / "file" / "curve.png")
     with pytest.raises(OutputError, match="cannot be written"):
         report.save_report(result(), tmp_path / "file" / "report.png")
+
+
+def test_a_result_is_complete_when_its_numbers_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = report.save_png
+    late: list[bool] = []
+
+    def slowly(path: Path, image: Image.Image) -> None:
+        time.sleep(0.3)
+        late.append((tmp_path / "metrics.json").exists())
+        write(path, image)
+
+    monkeypatch.setattr(report, "save_png", slowly)
+    inversion = result()
+    report.save_result(inversion, tmp_path, networks="none")
+    assert late == [False, False]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("clone.png", "latent_only.png", "latent.safetensors", "metrics.json", "report.png", "curve.png")
+    }
+    for name, picture in (("report", report.draw_report(inversion)), ("curve", report.draw_curve(HISTORY))):
+        np.testing.assert_array_equal(drawn(tmp_path / f"{name}.png"), np.asarray(picture))
+
+
+@pytest.mark.parametrize("name", ["report.png", "curve.png"])
+def test_a_result_without_its_pictures_is_none(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(OutputError, match=f"{name}: a directory"):
+        report.save_result(result(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("clone.png", "latent_only.png", "generator.safetensors", "latent.safetensors", "report.png", "curve.png")
+    }
