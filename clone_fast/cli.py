@@ -7,14 +7,18 @@ with 130.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import platform
 import re
 import sys
 import tempfile
 import warnings
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -276,13 +280,14 @@ def info() -> None:
 
 
 def _clone(photo: Any, out: Path, quiet: bool, networks: str, **options: Any) -> None:
-    from clone_fast.report import save_result
-
+    atexit.register(gc.freeze)  # nobody waits for the end of Python to look for cycles among all that was imported
     progress = Progress(quiet)
     try:
         inversion = run_inversion(photo, progress=progress, **options)
     finally:
         progress.close()
+    from clone_fast.report import save_result
+
     save_result(inversion, out, networks=networks)
     if not quiet:
         for line in _summary(inversion, out):
@@ -326,6 +331,8 @@ class Progress:
 
             self.close()
             self._stage = stage
+            if stage == "tweak":  # the host waits for the GPU, and the report's matplotlib takes long to import
+                Thread(target=import_module, args=("clone_fast.report",)).start()
             # Not on a terminal a bar is a line of a log: rarely, then.
             interval = 0.1 if sys.stderr.isatty() else 10.0
             self._bar = tqdm(

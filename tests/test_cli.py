@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,29 @@ def test_summary_and_progress(world: World, tmp_path: Path) -> None:
     assert len(result.stdout.splitlines()) == 5
     for part in ("latent search", "tweak", "3/3", "2/2", "dB, loss"):
         assert part in result.stderr
+
+
+def test_what_draws_the_report_is_imported_beside_the_tweak(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    def watched(name: str) -> None:
+        seen.append((name, threading.current_thread() is threading.main_thread()))
+
+    monkeypatch.setattr(cli, "import_module", watched)
+    assert run(*short(world, "--out", tmp_path / "out")).exit_code == 0
+    assert seen == [("clone_fast.report", False)]
+
+
+def test_python_ends_without_a_search_for_garbage(world: World, tmp_path: Path) -> None:
+    code = (
+        "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count() > 100_000)); "
+        "from clone_fast.cli import main; main(sys.argv[1:])"
+    )
+    arguments = [str(argument) for argument in short(world, "--quiet", "--out", tmp_path / "out")]
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert ended.stdout == "True\n"
 
 
 def test_quiet_says_nothing(world: World, tmp_path: Path) -> None:
