@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 BASE = "Network that FOLDER was made from, if it was saved with --networks delta; default: where it was then."
 STAGES = {"latent": "latent search", "tweak": "tweak"}
+CAPTURED = 20  # of a tweak's steps: by then its iterations are graphs, and the host has little to do
 
 
 class Failure(click.ClickException):
@@ -323,6 +324,7 @@ class Progress:
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
         self._stage = ""
+        self._imports = False
         self._bar: Any = None
 
     def __call__(self, stage: str, step: int, total: int, loss: float, psnr: float) -> None:
@@ -331,14 +333,15 @@ class Progress:
 
             self.close()
             self._stage = stage
-            if stage == "tweak":  # the host waits for the GPU, and the report's matplotlib takes long to import
-                Thread(target=import_module, args=("clone_fast.report",)).start()
             # Not on a terminal a bar is a line of a log: rarely, then.
             interval = 0.1 if sys.stderr.isatty() else 10.0
             self._bar = tqdm(
                 total=total, desc=f"{STAGES.get(stage, stage):<13}", unit="step", mininterval=interval,
                 file=sys.stderr, disable=self._quiet, dynamic_ncols=True,
             )  # fmt: skip
+        if stage == "tweak" and step >= CAPTURED and not self._imports:
+            self._imports = True  # the host waits for the GPU by now, and the report's matplotlib takes long to import
+            Thread(target=import_module, args=("clone_fast.report",)).start()
         self._bar.set_postfix_str(f"{psnr:.2f} dB, loss {loss:.4g}", refresh=False)
         self._bar.update(step - self._bar.n)
 

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import safetensors
-import safetensors.torch
 import torch
 from checkpoint_files import SMALL, same_tensors, small_network
 
@@ -58,25 +56,6 @@ def test_native_half_storage(tmp_path: Path, dtype: torch.dtype, tolerance: floa
         stored = read.state_dict()[name]
         assert stored.dtype == torch.float32
         torch.testing.assert_close(stored, value, rtol=tolerance if value.ndim >= 2 else 0, atol=1e-7)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_native_is_what_safetensors_writes(tmp_path: Path, dtype: torch.dtype) -> None:
-    network = small_network()
-    network.metadata = {"command": 'train "\u00e9"\n\t\x01'}
-    names = ("smile", "\u00c4lter", "\U0001f600", "a\\b", "\x1f")
-    network.directions = {name: torch.randn(SMALL.w_dim) for name in names}
-    weight = network.generator.synthesis.b8.conv0.weight
-    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-    path = tmp_path / "network.safetensors"
-    save_network(network, path, dtype=dtype)
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = safetensors.torch.load_file(path)
-    assert {value.dtype for value in tensors.values()} == {torch.float32, dtype}
-    assert path.read_bytes() == safetensors.torch.save(tensors, metadata=metadata)
-    stored = tensors["generator.synthesis.b8.conv0.weight"]
-    assert torch.equal(stored, weight.to(dtype))
 
 
 def test_native_refuses_what_the_dtype_cannot_hold(tmp_path: Path) -> None:

@@ -58,6 +58,9 @@ def test_what_draws_the_report_is_imported_beside_the_tweak(
 
     monkeypatch.setattr(cli, "import_module", watched)
     assert run(*short(world, "--out", tmp_path / "out")).exit_code == 0
+    assert not seen  # two steps are over too soon
+    monkeypatch.setattr(cli, "CAPTURED", 2)
+    assert run(*short(world, "--out", tmp_path / "out")).exit_code == 0
     assert seen == [("clone_fast.report", False)]
 
 

@@ -13,9 +13,10 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from clone_fast.nn import Architecture, Network
 
 FORMAT_VERSION = 1
 ENTRY = "clone_fast"
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in the order of a file
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PARTS = ("generator", "discriminator", "generator_raw")
 
 
@@ -74,32 +75,14 @@ def save_network(
     }
     if network.discriminator is not None:
         header["discriminator_architecture"] = network.discriminator.arch.to_dict()
+    content = safetensors.torch.save(tensors, metadata={ENTRY: json.dumps(header, sort_keys=True)})
     with write_aside(path) as file:
-        _write(file, tensors, {ENTRY: json.dumps(header, sort_keys=True)})
+        file.write(content)
 
 
 def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
     wanted = dtype if value.ndim >= 2 else torch.float32
-    return value.detach().to("cpu", wanted).contiguous()
-
-
-def _write(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """The bytes of `safetensors.torch.save`, which copies all of them twice and holds the GIL meanwhile.
-
-    (Its `save_file` renames a file of its own over the one that it is given, which nobody but the owner may read.)
-    """
-    order = list(_DTYPES)
-    tensors = dict(sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])))
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, value in tensors.items():
-        begin, end = end, end + value.nbytes
-        header[name] = {"dtype": _DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for value in tensors.values():
-        file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+    return value.detach().to("cpu", wanted, copy=True).contiguous()
 
 
 @dataclass(frozen=True)
