@@ -78,19 +78,26 @@ class Stills:
             if variant not in self.inputs:
                 self.inputs[variant] = torch.empty_like(given, memory_format=torch.contiguous_format)
             self.inputs[variant].copy_(given)
-            launch = self.captured.rehearse if rehearsing() else self.captured
             try:
-                launch(*variant)
+                self._launch(variant)
             except torch.OutOfMemoryError:
                 self.results.clear()
                 self.captured.release()
-                launch(*variant)  # without the memory of the graphs
+                self._launch(variant)  # without the memory of the graphs
         if current is None or self.stream is None:
             return self.results[variant].clone()
         current.wait_stream(self.stream)
         result = self.results[variant].clone()
         self.stream.wait_stream(current)  # which writes there again, for whoever comes next
         return result
+
+    def _launch(self, variant: tuple[Hashable, ...]) -> None:
+        if not rehearsing():
+            self.captured(*variant)
+            return
+        self.captured.rehearse(*variant)
+        if variant not in self.results:  # of a kind that another object has rehearsed
+            self._run(*variant)
 
     def _run(self, *variant: Hashable) -> None:
         with torch.no_grad():

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -102,6 +103,22 @@ def test_a_memory_that_is_full_of_graphs_is_given_back(monkeypatch: pytest.Monke
     check(stills, *several(net), lambda one, other: torch.testing.assert_close(one, other, rtol=0, atol=0))
     assert stills.captured.graphs is None
     assert not stills.captured.replays
+
+
+def test_rehearsals_change_nothing(made: list[PlayedGraphs], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the like that was rehearsed, or recorded, before, too."""
+    monkeypatch.setattr(capture, "_rehearsed", set())
+    monkeypatch.setattr(capture, "compile_ahead", lambda run, device: run() is None)
+    net = tiny.network()
+
+    def look(stills: Stills, ws: Tensor) -> None:
+        stills.features(stills.draw(net.generator, ws))
+
+    for i in range(3):
+        stills, ws = Stills(net.generator, net.discriminator), latents(2, i, net)
+        for again in range(3):
+            capture.rehearse(torch.device("cpu"), (i, again), partial(look, stills, ws))
+            assert torch.equal(stills.draw(net.generator, ws + again), drawn(net.generator, ws + again))
 
 
 @pytest.mark.gpu
