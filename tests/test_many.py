@@ -331,16 +331,21 @@ def test_as_many_at_once_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     for free, fit in ((needed, 1), (0, 1), (int(3.1 * needed / memory.SAFE), 3)):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
         assert memory.photos_that_fit(net, s, cpu) == fit
-    monkeypatch.setattr(memory, "free_bytes", lambda device: needed * 99)
-    most = 0
+    begun: list[int] = []
+    begin = many._Window._begin
 
-    def count(photo: int, seen: list[int]) -> None:
-        nonlocal most
-        most = max(most, len(set(seen)))
+    def count(self: many._Window) -> bool:
+        found = begin(self)
+        begun.append(len(self.live))
+        return found
 
-    list(invert_each(PHOTOS * 2, net, similarity=Watch(count), **options(mode="recon", steps=1)))
-    assert most == 5
-    assert many.MOST == 8
+    monkeypatch.setattr(many._Window, "_begin", count)
+    for room, most in ((99, 4), (2.1, 2)):
+        begun.clear()
+        free = int(room * needed / memory.SAFE)
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        list(invert_each(PHOTOS, net, **options()))
+        assert max(begun) == most
 
 
 def test_the_precision_counts_in_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
