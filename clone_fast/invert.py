@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -283,16 +282,11 @@ def override(settings: Any, **values: Any) -> Any:
 
 def _let_go(waiting: list[Any] | None, serves: Callable[[Any], bool] = lambda work: False) -> bool:
     """Give back the memory of the work that waits, but of what serves; whether there was any."""
-    gone = [work for work in waiting or () if not serves(work)]
-    for work in gone:
-        work.release()
-        assert waiting is not None  # for the type checker
-        waiting.remove(work)
-    found = bool(gone)
-    if found:
-        del gone, work
-        gc.collect()  # what is let go refers to itself
-    return found
+    found = waiting or []
+    kept = [work for work in found if serves(work)]
+    gone = len(kept) < len(found)
+    found[:] = kept
+    return gone
 
 
 def open_network(
