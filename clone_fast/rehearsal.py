@@ -49,8 +49,8 @@ def rehearse_inversion(
             for n in MEASURED:
                 images = stills.draw(generator, ws.repeat(n, 1, 1))
                 stills.draw(generator, ws.repeat(n, 1, 1), generator.synthesis.noise_consts())  # as of a copy
-                if discriminator is not None:
-                    stills.features(images)
+            if discriminator is not None:
+                stills.features(images)  # of the most alone
 
     judge = None if discriminator is None else discriminator.arch
     kind = "invert", generator.arch, judge, alike(search), start is None, alike(settings), given(**others)
