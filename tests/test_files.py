@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 import time
 from pathlib import Path
@@ -118,8 +119,13 @@ def test_ctrl_c_waits_for_what_is_being_written(tmp_path: Path) -> None:
             start(interrupted, folder / "a")
             block_is_over.set()
 
-    with pytest.raises(KeyboardInterrupt):
-        write()
+    # who is in the background of a shell without job control ignores interrupts
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert names(tmp_path) == set()
     time.sleep(0.4)
     assert names(tmp_path) == set()
