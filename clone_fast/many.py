@@ -21,7 +21,7 @@ import torch
 
 from clone_fast.errors import CloneFastError, DivergenceError, MemoryLimitError, PhotoError, SettingsError
 from clone_fast.inversion import Inversion
-from clone_fast.invert import Opened, StrPath, device_for, invert, open_network, override, read_real_images
+from clone_fast.invert import Opened, StrPath, invert, open_network, override, read_real_images
 from clone_fast.memory import full, photos_that_fit, without_frames
 from clone_fast.nn import Generator, Network, frozen, settled
 from clone_fast.stepwise import Pause, Steps
@@ -71,12 +71,11 @@ def invert_each(
         raise SettingsError(f"at_once must be >= 1, got {at_once}")
     asked = {field.name: options.get(field.name) for field in fields(TweakSettings)}
     settings = override(options.get("tweak_settings") or TweakSettings(), **asked)
-    device = device_for(network, options.get("device"))
-    settings = settled(settings, device)
-    opened = open_network(network, options.pop("discriminator", None), device=device)
+    opened = open_network(network, options.pop("discriminator", None), device=options.get("device"))
+    settings = settled(settings, opened.device)
     options["real_images"] = read_real_images(options.get("real_images"), opened.network.generator)
     if at_once is None:
-        at_once = min(photos_that_fit(opened.network, settings, device), MOST)
+        at_once = min(photos_that_fit(opened.network, settings, opened.device), MOST)
     return _Window(photos, opened, at_once, settings, options).results()
 
 
@@ -175,7 +174,7 @@ class _Window:
         options: dict[str, Any],
     ) -> None:
         self.opened, self.at_once, self.settings, self.options = opened, at_once, settings, options
-        self.device = next(opened.network.generator.parameters()).device
+        self.device = opened.device
         self.waiting = enumerate(photos)
         self.again: deque[tuple[int, Any]] = deque()  # put back for want of memory
         self.live: list[_Job] = []

@@ -42,7 +42,6 @@ class Stills:
         with torch.cuda.stream(self.stream):  # whose graphs they are
             self.captured = Captured(self._run, self.device, ("stills", generator.arch, judge), at_once=True)
 
-    @torch.no_grad()
     def draw(self, generator: Generator, ws: Tensor, noise: Mapping[str, Tensor] | None = None) -> Tensor:
         """What `drawn` gives. generator: that of this object, or one with other weights of the same architecture."""
         whole = ws.expand(-1, self.generator.num_ws, -1)
@@ -50,7 +49,6 @@ class Stills:
             return self._forward("own", whole)
         return self._forward("other", whole, partial(self._take, generator.synthesis, noise or {}))
 
-    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """The discriminator's features [N, F] of images [N, C, R, R], each by itself."""
         return self._forward("features", images)
@@ -64,6 +62,7 @@ class Stills:
         places = self.other.state_dict()
         torch._foreach_copy_(list(places.values()), [given[name] for name in places])
 
+    @torch.no_grad()
     def _forward(self, kind: str, given: Tensor, before: Callable[[], None] = lambda: None) -> Tensor:
         """The result of a kind of forward; before: puts what else it reads in its place."""
         # what is recorded keeps the flags of its time
@@ -100,5 +99,4 @@ class Stills:
             self._run(*variant)
 
     def _run(self, *variant: Hashable) -> None:
-        with torch.no_grad():
-            self.results[variant] = self.forwards[str(variant[0])](self.inputs[variant])
+        self.results[variant] = self.forwards[str(variant[0])](self.inputs[variant])
